@@ -1,0 +1,51 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Train vision-language models from images nobody labelled."""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+
+try:
+    __version__ = version("evolmm-trl")
+except PackageNotFoundError:
+    __version__ = "unknown"
+
+# Each name is imported when it is first used, so that `import evolmm_trl` does not import torch.
+_import_structure = {
+    "answers": ["canonical_answer"],
+    "config": ["EvoLMMConfig"],
+    "data": ["load_images"],
+    "kl": ["AdaptiveKL"],
+    "processing": ["load_processor"],
+    "prompts": ["RolePrompts"],
+    "rewards": ["discrete_proposer_reward", "discrete_solver_rewards", "proposer_reward", "solver_rewards"],
+    "role_adapters": ["load_solver"],
+    "trainer": ["EvoLMMTrainer"],
+    "voting": ["Vote", "vote"],
+}
+_module_of = {name: module for module, names in _import_structure.items() for name in names}
+
+__all__ = sorted([*_module_of, "__version__"])
+
+
+def __getattr__(name: str):
+    if name not in _module_of:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_module_of[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

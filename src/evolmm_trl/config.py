@@ -1,0 +1,299 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from dataclasses import dataclass, field
+
+import torch
+from trl import GRPOConfig
+
+from .prompts import RolePrompts
+
+
+# Steps of a run over a stream, whose length nobody knows (EvoLMM: 6,000).
+DEFAULT_STREAM_STEPS = 6000
+
+
+@dataclass
+class EvoLMMConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`EvoLMMTrainer`].
+
+    It holds the parameters that EvoLMM adds to [`~trl.GRPOConfig`] or whose defaults it changes; all others are
+    inherited. `EvoLMMConfig(output_dir=...)` is a complete configuration.
+
+    Parameters:
+        num_generations (`int`, *optional*, defaults to `5`):
+            Answers N per question that are voted on and trained on (EvoLMM: 5).
+        extra_votes (`int`, *optional*, defaults to `0`):
+            Answers per question that count in the vote and are not trained on. Votes cost generation only.
+        max_completion_length (`int`, *optional*, defaults to `128`):
+            Longest answer, in tokens (EvoLMM's code: 128).
+        max_question_length (`int`, *optional*, defaults to `128`):
+            Longest question, in tokens (EvoLMM's code: 128).
+        max_pixels (`int`, *optional*, defaults to `1003520`):
+            Images with more pixels are made smaller (1003520 = 1280 x 28 x 28, at most 1,280 image tokens of Qwen2.5-VL).
+        prompts (`dict[str, str]` or `str`, *optional*):
+            Replacements for the roles' prompts: `proposer`, `solver` (with the field `{question}`), `system`,
+            `default_question`. See [`RolePrompts`]. On the command line, a JSON object.
+        reward (`str`, *optional*, defaults to `"continuous"`):
+            `"continuous"`: the paper's rewards, from the share of each answer and the entropy of all. `"discrete"`: the
+            majority vote the paper compares with.
+        solver_gamma (`float`, *optional*, defaults to `0.7`):
+            Exponent of the share in the solver's reward (EvoLMM: 0.7).
+        length_weight (`float`, *optional*, defaults to `0.1`):
+            Weight of the penalty on words before the answer (EvoLMM: 0.1).
+        length_target (`int`, *optional*, defaults to `6`):
+            Words before the answer that are free (EvoLMM: 6).
+        length_cap (`float` or `None`, *optional*, defaults to `1.0`):
+            Largest relative excess length that is penalised (EvoLMM's code: 1.0; its paper: `None`, no limit).
+        proposer_entropy_mean (`float`, *optional*):
+            Answer entropy, in nats, that is worth most to the proposer. `None`: 0.90 (EvoLMM, N = 5) times ln N / ln 5.
+        proposer_entropy_std (`float`, *optional*):
+            Width of that optimum, in nats. `None`: 0.35 (EvoLMM, N = 5) times ln N / ln 5.
+        baseline (`str`, *optional*, defaults to `"ema"`):
+            What a reward is compared with. `"ema"`: the moving average of the role's mean reward (EvoLMM). `"group"`: the
+            mean over the answers to the question; for the proposer, over the questions of the rollout.
+        baseline_momentum (`float`, *optional*, defaults to `0.9`):
+            Share of the old moving average that is kept (EvoLMM: 0.9).
+        agreement_band (`tuple[float, float]`, *optional*):
+            Train the solver only on questions whose agreement is within these bounds, both included. `None`: on all.
+        proposer_update_every (`int`, *optional*, defaults to `5`):
+            Solver steps between two proposer steps (EvoLMM: 5).
+        train_proposer (`bool`, *optional*, defaults to `True`):
+            Whether the proposer is trained. A proposer that is not asks as the base model does.
+        adapters (`str`, *optional*, defaults to `"separate"`):
+            With `peft_config`: `"separate"` adapters for the two roles (EvoLMM), or one `"shared"` by both.
+        freeze_vision_tower (`bool`, *optional*, defaults to `True`):
+            Keep the vision tower (projector included) as it is: no LoRA layers in it and no training of its weights.
+        beta (`float`, *optional*, defaults to `0.001`):
+            Weight of the KL penalty against the frozen base at the start (EvoLMM's code: 1e-3). 0: no reference model.
+        adaptive_kl (`bool`, *optional*, defaults to `True`):
+            Whether each role's beta follows its KL.
+        kl_target (`float`, *optional*, defaults to `0.02`):
+            KL that beta aims at, in nats per completion token (EvoLMM's code: 0.02).
+        kl_rate (`float`, *optional*, defaults to `0.1`):
+            Speed of beta (EvoLMM's code: 0.10).
+        beta_min (`float`, *optional*):
+            Smallest beta. `None`: the role's starting beta, since the KL starts at 0 and a lower floor is reached before
+            the policy has moved (EvoLMM's code: 1e-8).
+        beta_max (`float`, *optional*, defaults to `100.0`):
+            Largest beta (EvoLMM's code: 1e2).
+        proposer_beta (`float`, *optional*), proposer_kl_target (`float`, *optional*):
+            The proposer's own `beta` and `kl_target`. `None`: the same as the solver's. The paper holds the proposer more
+            loosely than the solver.
+    """
+
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["prompts"]
+
+    # Defaults that differ from GRPOConfig
+    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate for AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay (EvoLMM: 0.01)."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Largest gradient norm (EvoLMM: 1.0)."})
+    per_device_train_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Answers per process and micro-batch. `None`: `num_generations`, so that a micro-batch is one image."
+        },
+    )
+    per_device_eval_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Labelled questions per process that are answered together. `None`: `num_generations`."},
+    )
+    gradient_accumulation_steps: int = field(
+        default=4,
+        metadata={
+            "help": "Micro-batches per optimizer step. With the default batch size: images per process and step."
+        },
+    )
+    num_generations: int | None = field(
+        default=5, metadata={"help": "Answers N per question that are voted on and trained on (EvoLMM: 5)."}
+    )
+    max_completion_length: int | None = field(default=128, metadata={"help": "Longest answer, in tokens."})
+    loss_type: str = field(
+        default="grpo",
+        metadata={
+            "help": "How the loss is averaged; see `GRPOConfig`. 'grpo': over the tokens of each completion, then over "
+            "completions (EvoLMM). 'dapo': over all tokens of the step."
+        },
+    )
+    scale_rewards: str = field(
+        default="none",
+        metadata={
+            "help": "Only 'none': dividing by the standard deviation of a group turns an unanimous group into a pure "
+            "length reward."
+        },
+    )
+    beta: float = field(
+        default=0.001,
+        metadata={"help": "Weight of the KL penalty against the frozen base at the start. 0: no reference model."},
+    )
+
+    # Rollout
+    extra_votes: int = field(
+        default=0, metadata={"help": "Answers per question that count in the vote and are not trained on."}
+    )
+    max_question_length: int = field(default=128, metadata={"help": "Longest question, in tokens."})
+    max_pixels: int | None = field(
+        default=1280 * 28 * 28, metadata={"help": "Images with more pixels are made smaller. `None`: no limit."}
+    )
+    prompts: dict[str, str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Replacements for the roles' prompts: 'proposer', 'solver' (with the field {question}), 'system', "
+            "'default_question'."
+        },
+    )
+
+    # Reward and baseline
+    reward: str = field(
+        default="continuous",
+        metadata={"help": "Agreement reward.", "choices": ["continuous", "discrete"]},
+    )
+    solver_gamma: float = field(default=0.7, metadata={"help": "Exponent of the share in the solver's reward."})
+    length_weight: float = field(default=0.1, metadata={"help": "Weight of the penalty on words before the answer."})
+    length_target: int = field(default=6, metadata={"help": "Words before the answer that are free."})
+    length_cap: float | None = field(
+        default=1.0,
+        metadata={"help": "Largest relative excess length that is penalised. `None`: no limit."},
+    )
+    proposer_entropy_mean: float | None = field(
+        default=None,
+        metadata={"help": "Answer entropy worth most to the proposer, in nats. `None`: 0.90 * ln N / ln 5."},
+    )
+    proposer_entropy_std: float | None = field(
+        default=None, metadata={"help": "Width of that optimum, in nats. `None`: 0.35 * ln N / ln 5."}
+    )
+    baseline: str = field(
+        default="ema",
+        metadata={"help": "What a reward is compared with.", "choices": ["ema", "group"]},
+    )
+    baseline_momentum: float = field(default=0.9, metadata={"help": "Share of the old moving average that is kept."})
+    agreement_band: tuple[float, float] | None = field(
+        default=None,
+        metadata={
+            "help": "Train the solver only on questions whose agreement is within these two bounds.",
+            "nargs": 2,
+            "type": float,
+        },
+    )
+
+    # Roles
+    proposer_update_every: int = field(default=5, metadata={"help": "Solver steps between two proposer steps."})
+    train_proposer: bool = field(default=True, metadata={"help": "Whether the proposer is trained."})
+    adapters: str = field(
+        default="separate",
+        metadata={"help": "One LoRA adapter per role, or one for both.", "choices": ["separate", "shared"]},
+    )
+    freeze_vision_tower: bool = field(
+        default=True, metadata={"help": "Keep the vision tower, projector included, as it is."}
+    )
+
+    # KL
+    adaptive_kl: bool = field(default=True, metadata={"help": "Whether each role's beta follows its KL."})
+    kl_target: float = field(default=0.02, metadata={"help": "KL that beta aims at, in nats per completion token."})
+    kl_rate: float = field(default=0.1, metadata={"help": "Speed of beta."})
+    beta_min: float | None = field(default=None, metadata={"help": "Smallest beta. `None`: the role's starting beta."})
+    beta_max: float = field(default=100.0, metadata={"help": "Largest beta."})
+    proposer_beta: float | None = field(
+        default=None, metadata={"help": "The proposer's own `beta`. `None`: the same."}
+    )
+    proposer_kl_target: float | None = field(
+        default=None, metadata={"help": "The proposer's own `kl_target`. `None`: the same."}
+    )
+
+    def __post_init__(self):
+        if self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size = self.num_generations
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.num_generations_eval or self.num_generations
+        if self.bf16 is None:
+            # TRL's default is bf16 everywhere, which fails on a machine without a GPU unless use_cpu is set
+            self.bf16 = not self.fp16 and (torch.cuda.is_available() or torch.xpu.is_available())
+        super().__post_init__()
+        self._check()
+
+    def _check(self) -> None:
+        if self.use_vllm:
+            raise ValueError(
+                "`use_vllm=True` is not supported: TRL pushes the weights to vLLM once per step, for one policy, so the "
+                "solver would sample from the proposer's weights or the other way round. Set `use_vllm=False`."
+            )
+        if self.num_iterations != 1 or self.steps_per_generation != self.gradient_accumulation_steps:
+            raise ValueError(
+                f"Got num_iterations={self.num_iterations}, steps_per_generation={self.steps_per_generation} and "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: every rollout is trained on in exactly "
+                "one optimizer step. Leave `num_iterations`, `steps_per_generation` and `generation_batch_size` unset and "
+                "choose the images per step with `gradient_accumulation_steps`."
+            )
+        if (self.per_device_train_batch_size * self.gradient_accumulation_steps) % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size ({self.per_device_train_batch_size}) times gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps}) must be a multiple of num_generations ({self.num_generations}), so "
+                "that every process holds all answers to each of its questions. "
+                f"Set per_device_train_batch_size={self.num_generations}, or leave it unset."
+            )
+        if self.scale_rewards != "none":
+            raise ValueError(
+                f"scale_rewards={self.scale_rewards!r} is not supported: dividing by the standard deviation of a group "
+                "turns an unanimous group into a pure length reward. Set scale_rewards='none'."
+            )
+        if self.multi_objective_aggregation != "sum_then_normalize" or self.pad_to_multiple_of is not None:
+            raise ValueError(
+                "`multi_objective_aggregation` and `pad_to_multiple_of` have no effect here: extra rewards are summed and "
+                "batches are padded to their longest row. Leave both unset."
+            )
+        for name, allowed in (
+            ("reward", ("continuous", "discrete")),
+            ("baseline", ("ema", "group")),
+            ("adapters", ("separate", "shared")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}; expected one of {allowed}.")
+        if self.extra_votes < 0:
+            raise ValueError(f"extra_votes={self.extra_votes}; expected 0 or more.")
+        if self.agreement_band is not None:
+            low, high = self.agreement_band
+            if not 0 <= low <= high <= 1:
+                raise ValueError(f"agreement_band={self.agreement_band}; expected two shares, 0 <= low <= high <= 1.")
+        if self.baseline == "group" and self.train_proposer and self.images_per_step < 2:
+            raise ValueError(
+                "baseline='group' compares the questions of a rollout with each other, but a rollout has 1 image. Raise "
+                "gradient_accumulation_steps, or set baseline='ema' or train_proposer=False."
+            )
+        if self.proposer_beta is not None and (self.proposer_beta == 0) != (self.beta == 0):
+            raise ValueError(
+                f"beta={self.beta} and proposer_beta={self.proposer_beta}: either both roles have a reference model or "
+                "neither has. Use a small value instead of 0."
+            )
+        RolePrompts.from_dict(self.prompts)  # fails here rather than at the first rollout
+
+    @property
+    def images_per_process(self) -> int:
+        """Images per rollout on one process."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps // self.num_generations
+
+    @property
+    def images_per_step(self) -> int:
+        """Images per rollout over all processes."""
+        return self.images_per_process * self.world_size
+
+    @property
+    def num_votes(self) -> int:
+        """Answers per question that vote."""
+        return self.num_generations + self.extra_votes
+
+    @property
+    def role_prompts(self) -> RolePrompts:
+        """The prompts of both roles."""
+        return RolePrompts.from_dict(self.prompts)

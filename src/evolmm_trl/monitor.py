@@ -1,0 +1,171 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What happened in a rollout, kept for people: the log of every rollout and its summary."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+
+from .prompts import Answer, Question
+from .voting import Vote
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """
+    One image, one question, its answers and what all of it was worth.
+
+    Args:
+        image_id (`str`):
+            The image.
+        question_completion (`str`):
+            What the proposer wrote.
+        question ([`Question`]):
+            The same, read.
+        completions (`list[str]`):
+            What the solver wrote, N + `extra_votes` times.
+        answers (`list[Answer]`):
+            The same, read.
+        vote ([`Vote`]):
+            The vote among all of them.
+        solver_rewards (`list[float]`), solver_advantages (`list[float]`):
+            Of the first N answers, those that are trained on.
+        proposer_reward (`float`), proposer_advantage (`float`):
+            Of the question.
+        solver_step (`int` or `None`), proposer_step (`int` or `None`):
+            The optimizer steps, counted from 1, that train on the answers and on the question; `None` for none.
+    """
+
+    image_id: str
+    question_completion: str
+    question: Question
+    completions: list[str]
+    answers: list[Answer]
+    vote: Vote
+    solver_rewards: list[float]
+    solver_advantages: list[float]
+    proposer_reward: float
+    proposer_advantage: float
+    solver_step: int | None
+    proposer_step: int | None
+
+    def record(self, step: int) -> dict:
+        """The rollout as JSON can hold it."""
+        trained = len(self.solver_rewards)
+        return {
+            "step": step,
+            "image_id": self.image_id,
+            "question": self.question.text,
+            "question_completion": self.question_completion,
+            "question_well_formed": self.question.well_formed,
+            "answers": [
+                {
+                    "completion": completion,
+                    "answer": answer.text,
+                    "canonical": canonical,
+                    "words_before_answer": answer.words_before,
+                    "reward": self.solver_rewards[i] if i < trained else None,
+                    "advantage": self.solver_advantages[i] if i < trained else None,
+                }
+                for i, (completion, answer, canonical) in enumerate(
+                    zip(self.completions, self.answers, self.vote.answers, strict=True)
+                )
+            ],
+            "votes": self.vote.counts,
+            "majority": self.vote.majority,
+            "agreement": self.vote.agreement,
+            "entropy": self.vote.entropy,
+            "proposer_reward": self.proposer_reward,
+            "proposer_advantage": self.proposer_advantage,
+            "trained_on": {"solver": self.solver_step, "proposer": self.proposer_step},
+        }
+
+
+def rollout_metrics(records: Sequence[dict]) -> dict[str, float]:
+    """
+    Summary of one step's rollouts.
+
+    Args:
+        records (`Sequence[dict]`):
+            [`Rollout.record`] of every image of the step, over all processes.
+
+    Returns:
+        `dict[str, float]`: mean and spread of both roles' rewards, agreement, entropy (nats), shares of unanimous
+        questions, of unreadable answers and of malformed questions, distinct questions as a share of all, words before
+        the answer.
+    """
+    answers = [answer for record in records for answer in record["answers"]]
+    rewards = [answer["reward"] for answer in answers if answer["reward"] is not None]
+    proposer_rewards = [record["proposer_reward"] for record in records]
+    return {
+        "solver/reward": fmean(rewards),
+        "solver/reward_std": pstdev(rewards),
+        "proposer/reward": fmean(proposer_rewards),
+        "proposer/reward_std": pstdev(proposer_rewards),
+        "agreement": fmean(record["agreement"] for record in records),
+        "answer_entropy": fmean(record["entropy"] for record in records),
+        "unanimous": fmean(record["agreement"] == 1.0 for record in records),
+        "unreadable": fmean(answer["canonical"] is None for answer in answers),
+        "malformed_questions": fmean(not record["question_well_formed"] for record in records),
+        "distinct_questions": len({record["question"] for record in records}) / len(records),
+        "words_before_answer": fmean(answer["words_before_answer"] for answer in answers),
+    }
+
+
+class RolloutLog:
+    """
+    The file `rollouts.jsonl`: one line per image and step. Whole lines are handed to the system in one write, so that
+    whatever kills the run, all lines but perhaps the last are complete JSON.
+
+    Args:
+        path (`str` or `Path`):
+            The file. One left by an earlier run that is not continued is renamed, not overwritten.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._started = False
+
+    def __len__(self) -> int:
+        """Bytes written."""
+        return self.path.stat().st_size if self._started else 0
+
+    def resume(self, length: int) -> None:
+        """Continues the file of an interrupted run, without what was written after its checkpoint."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size < length:
+            raise ValueError(
+                f"{self.path} has {size} bytes, but the checkpoint to resume from was saved when it had {length}. Put "
+                "the run's rollout log back, or start a new run in another output_dir."
+            )
+        if size:
+            os.truncate(self.path, length)
+        self._started = size > 0
+
+    def write(self, records: Sequence[dict]) -> None:
+        if not self._started:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                number = 1
+                while (old := self.path.with_name(f"{self.path.stem}.{number}{self.path.suffix}")).exists():
+                    number += 1
+                self.path.rename(old)
+            self._started = True
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        with open(self.path, "ab") as file:
+            file.write(lines.encode("ascii"))

@@ -1,0 +1,126 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Load the processor of a supported vision-language model, with or without torchvision.
+
+The stock Qwen processors cannot be built without torchvision, because of the video processor they hold. Images need
+none of it: where torchvision is missing, `load_processor` builds the same processor without its video half.
+"""
+
+import json
+import logging
+from functools import lru_cache
+
+from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLProcessor, Qwen3VLConfig, Qwen3VLProcessor
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import cached_file, is_torchvision_available
+
+
+logger = logging.getLogger(__name__)
+
+_HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+
+
+class _ImageOnlyMixin:
+    """A Qwen processor without its video processor; everything about text and images is inherited."""
+
+    _video_processor_type: str
+
+    # The argument names are what `ProcessorMixin.get_attributes` reads: no `video_processor` among them.
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        for name in ("image", "video", "vision_start", "vision_end"):
+            default = f"<|{name}_pad|>" if name in ("image", "video") else f"<|{name}|>"
+            token = getattr(tokenizer, f"{name}_token", default)
+            token_id = getattr(tokenizer, f"{name}_token_id", None) or tokenizer.convert_tokens_to_ids(token)
+            setattr(self, f"{name}_token", token)
+            setattr(self, f"{name}_token_id", token_id)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(self, images=None, text=None, videos=None, **kwargs):
+        if videos is not None:  # the parent would drop them without a word
+            raise ValueError(
+                "Got `videos`, but this processor reads images only: torchvision is not installed, and the video "
+                "processor needs it. Install torchvision, or pass `images`."
+            )
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def to_dict(self):
+        # The stock class looks for a video processor when it loads these files on a machine that has torchvision.
+        names = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+        video_processor = {name: getattr(self.image_processor, name) for name in names}
+        return super().to_dict() | {
+            "video_processor": {"video_processor_type": self._video_processor_type, **video_processor}
+        }
+
+
+def _image_only(stock: type, video_processor_type: str) -> type:
+    # It bears the stock name, since that name is what `save_pretrained` writes as `processor_class`.
+    members = {"_video_processor_type": video_processor_type, "__module__": __name__, "__doc__": stock.__doc__}
+    return type(stock.__name__, (_ImageOnlyMixin, stock), members)
+
+
+@lru_cache(maxsize=1)
+def _image_only_processors() -> dict[str, type]:
+    """The image-only processor classes by the name of their stock class, registered for `AutoProcessor`."""
+    logger.info("torchvision is not installed: the image-only form of the Qwen processors is used.")
+    qwen2_5_vl = _image_only(Qwen2_5_VLProcessor, "Qwen2VLVideoProcessor")
+    qwen3_vl = _image_only(Qwen3VLProcessor, "Qwen3VLVideoProcessor")
+    AutoProcessor.register(Qwen2_5_VLConfig, qwen2_5_vl, exist_ok=True)
+    AutoProcessor.register(Qwen3VLConfig, qwen3_vl, exist_ok=True)
+    return {cls.__name__: cls for cls in (qwen2_5_vl, qwen3_vl)}
+
+
+def processor_class(stock: type) -> type:
+    """
+    The class to build a processor with: the stock class, or its image-only form where torchvision is missing.
+
+    Args:
+        stock (`type`):
+            `Qwen2_5_VLProcessor` or `Qwen3VLProcessor`.
+    """
+    return stock if is_torchvision_available() else _image_only_processors()[stock.__name__]
+
+
+def _saved_processor_class(name_or_path: str, **kwargs) -> str | None:
+    """The `processor_class` that a checkpoint names, looked up in the order of `AutoProcessor`."""
+    kwargs = {key: value for key, value in kwargs.items() if key in _HUB_KWARGS}
+    for filename in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        path = cached_file(name_or_path, filename, **kwargs, _raise_exceptions_for_missing_entries=False)
+        if path is not None:
+            with open(path, encoding="utf-8") as file:
+                if name := json.load(file).get("processor_class"):
+                    return name
+    return None
+
+
+def load_processor(name_or_path: str, **kwargs) -> ProcessorMixin:
+    """
+    The processor of a checkpoint: `AutoProcessor.from_pretrained`, except that a Qwen2.5-VL or Qwen3-VL processor is
+    built without its video processor where torchvision is missing. What it saves loads with the stock class elsewhere.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`):
+            Model id on the Hub or a local folder.
+        **kwargs:
+            Passed to `from_pretrained`.
+
+    Returns:
+        [`~transformers.ProcessorMixin`]: for text and images; `videos=` raises where torchvision is missing.
+    """
+    name_or_path = str(name_or_path)
+    if is_torchvision_available():
+        return AutoProcessor.from_pretrained(name_or_path, **kwargs)
+    image_only = _image_only_processors()
+    auto_class = image_only.get(_saved_processor_class(name_or_path, **kwargs), AutoProcessor)
+    return auto_class.from_pretrained(name_or_path, **kwargs)

@@ -1,0 +1,372 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Two LoRA adapters on one PEFT model: one per role, of which exactly one has an effect at any time."""
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from .schedule import PROPOSER, ROLES, SOLVER
+
+
+# Plain PEFT loads a checkpoint's root as the adapter "default", and every other adapter from a folder of its name.
+ADAPTER_OF = {SOLVER: "default", PROPOSER: "proposer"}
+
+
+class RoleAdapters:
+    """
+    Chooses which role's LoRA adapter has an effect.
+
+    Both adapters stay active and trainable for PEFT from beginning to end. A role is chosen by the scale of each LoRA
+    layer: its own value for the chosen role, 0 for the other, which then adds exactly 0 to the forward and receives
+    exactly zero gradients. No `requires_grad` ever changes, so that DDP, ZeRO and FSDP see the same set of parameters
+    at every step. With no role chosen the model is the frozen base, bit for bit.
+
+    With one adapter shared by both roles, choosing either role chooses that adapter. Without PEFT there is nothing to
+    choose, and `reference` is not available.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model. A `PeftModel` has the adapter "default" (the solver's, or the shared one) and, for separate
+            adapters, "proposer".
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel):
+        self.model = model
+        self.active: str | None = SOLVER
+        self.separate = False
+        self._layers: list[tuple[LoraLayer, dict[str, float], dict[str, float]]] = []
+        if not isinstance(model, PeftModel):
+            return
+        self.separate = ADAPTER_OF[PROPOSER] in model.peft_config
+        names = list(ADAPTER_OF.values()) if self.separate else [ADAPTER_OF[SOLVER]]
+        # `PeftModel.set_adapter` takes one name and freezes the others; the tuner underneath takes several
+        model.base_model.set_adapter(names)
+        model.set_requires_grad(names, requires_grad=True)
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                scales = {name: module.scaling[name] for name in names if name in module.scaling}
+                dropouts = {name: getattr(module.lora_dropout[name], "p", 0.0) for name in scales}
+                self._layers.append((module, scales, dropouts))
+        if not self._layers:
+            raise ValueError(
+                f"The model has no LoRA layers (adapter types: {sorted({str(c.peft_type) for c in model.peft_config.values()})}); "
+                "pass a `peft.LoraConfig` as `peft_config`."
+            )
+        self.activate(SOLVER)
+
+    def activate(self, role: str | None) -> None:
+        """Gives this role's adapter its effect and takes the other's away; `None` takes away both."""
+        self.active = role
+        for layer, scales, dropouts in self._layers:
+            for name, scale in scales.items():
+                chosen = role is not None and (not self.separate or name == ADAPTER_OF[role])
+                layer.scaling[name] = scale if chosen else 0.0
+                if isinstance(layer.lora_dropout[name], nn.Dropout):
+                    # The idle adapter must not draw a dropout mask, which would shift the random stream
+                    layer.lora_dropout[name].p = dropouts[name] if chosen else 0.0
+
+    @contextmanager
+    def using(self, role: str | None) -> Iterator[None]:
+        """Within the context this role has its effect. Do not leave it between a forward and its backward."""
+        before = self.active
+        self.activate(role)
+        try:
+            yield
+        finally:
+            self.activate(before)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within the context the model is the frozen base."""
+        if not self._layers:
+            raise RuntimeError("Without LoRA adapters the model has no frozen base; use the reference model.")
+        with self.using(None):
+            yield
+
+    def role_of(self, parameter_name: str) -> str | None:
+        """The role a parameter belongs to, by its name; `None` if it serves both."""
+        if not self.separate:
+            return None
+        for role, adapter in ADAPTER_OF.items():
+            if f".{adapter}." in parameter_name or parameter_name.endswith(f".{adapter}"):
+                return role
+        return None
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The trainable parameters that this role's steps change, by name."""
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and self.role_of(name) in (role, None)
+        }
+
+    def check(self) -> None:
+        """Raises a `RuntimeError` if some code has frozen an adapter or chosen another since."""
+        if not self._layers:
+            return
+        expected = set(self._layers[0][1])
+        layer = self._layers[0][0]
+        if set(layer.active_adapters) != expected:
+            raise RuntimeError(
+                f"The active adapters are {layer.active_adapters}, expected {sorted(expected)}: something called "
+                "`set_adapter` or left `disable_adapter()`. The roles are chosen by the trainer alone."
+            )
+        frozen = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if ".lora_" in name and any(f".{adapter}." in name for adapter in expected) and not parameter.requires_grad
+        ]
+        if frozen:
+            raise RuntimeError(
+                f"{len(frozen)} tensors of the roles' adapters are frozen (such as {frozen[0]}) and would never be "
+                "trained: something called `set_adapter` or left `disable_adapter()`."
+            )
+
+
+def role_optimizer(optimizer_class: type[torch.optim.Optimizer], roles: RoleAdapters) -> type[torch.optim.Optimizer]:
+    """
+    Makes an optimizer that steps only the active role's parameter groups.
+
+    An idle adapter has zero gradients, not none, and would still move through momentum and weight decay.
+
+    Args:
+        optimizer_class (`type[torch.optim.Optimizer]`):
+            Any torch optimizer class.
+        roles ([`RoleAdapters`]):
+            Says which role is active.
+
+    Returns:
+        `type[torch.optim.Optimizer]`: a subclass whose parameter groups carry the key `role`, `None` for both roles.
+    """
+
+    class RoleOptimizer(optimizer_class):
+        def step(self, closure=None):
+            idle = [
+                group
+                for group in self.param_groups
+                if roles.active is None or group["role"] not in (roles.active, None)
+            ]
+            parameters = [group["params"] for group in idle]
+            for group in idle:
+                group["params"] = []
+            try:
+                return super().step(closure)
+            finally:
+                for group, params in zip(idle, parameters, strict=True):
+                    group["params"] = params
+
+    RoleOptimizer.__name__ = f"Role{optimizer_class.__name__}"
+    return RoleOptimizer
+
+
+def vision_tower(model: nn.Module) -> tuple[str, nn.Module]:
+    """
+    Finds the vision tower of a vision-language model: the module built from the `vision_config` of its configuration.
+    In the Qwen families it holds the projector too.
+
+    Args:
+        model (`torch.nn.Module`):
+            A vision-language model, without PEFT.
+
+    Returns:
+        `tuple[str, torch.nn.Module]`: the module's name and the module.
+
+    Raises:
+        `ValueError`: if the model has none.
+    """
+    vision_config = getattr(model.config, "vision_config", None)
+    if vision_config is not None:
+        for name, module in model.named_modules():
+            if isinstance(module, PreTrainedModel) and type(module.config) is type(vision_config):
+                return name, module
+    raise ValueError(
+        f"{type(model).__name__} has no vision tower: `EvoLMMTrainer` trains vision-language models. Pass one, such as a "
+        "Qwen2.5-VL or Qwen3-VL checkpoint."
+    )
+
+
+def role_lora_configs(
+    peft_config: "LoraConfig | dict[str, LoraConfig]", adapters: str, excluded_tower: str | None
+) -> dict[str, LoraConfig]:
+    """
+    The LoRA configuration of each adapter to make.
+
+    Args:
+        peft_config ([`~peft.LoraConfig`] or `dict[str, LoraConfig]`):
+            One for both roles, or one per role under the keys `"solver"` and `"proposer"`.
+        adapters (`str`):
+            `"separate"` or `"shared"`.
+        excluded_tower (`str` or `None`):
+            Name of the vision tower to keep free of LoRA layers; a configuration with its own `exclude_modules` is left
+            as it is.
+
+    Returns:
+        `dict[str, LoraConfig]`: by role; only `"solver"` when shared.
+    """
+    configs = dict.fromkeys(ROLES, peft_config) if not isinstance(peft_config, dict) else dict(peft_config)
+    if set(configs) != set(ROLES):
+        raise ValueError(f"`peft_config` has the keys {sorted(configs)}; expected exactly {list(ROLES)}.")
+    if adapters == "shared":
+        if isinstance(peft_config, dict):
+            raise ValueError("`adapters='shared'` needs one `LoraConfig` for both roles, but got one for each.")
+        configs = {SOLVER: peft_config}
+    for role, config in configs.items():
+        if not isinstance(config, LoraConfig):
+            raise TypeError(f"The {role}'s `peft_config` is a {type(config).__name__}; expected a `peft.LoraConfig`.")
+        if config.modules_to_save:
+            raise ValueError(
+                f"The {role}'s `peft_config` has modules_to_save={config.modules_to_save}: such modules are copied whole "
+                "and have no scale, so both roles' copies would act at once. Remove them."
+            )
+        if config.bias != "none" or config.use_dora or config.lora_bias:
+            raise ValueError(
+                f"The {role}'s `peft_config` trains biases or uses DoRA, whose effect a LoRA scale of 0 does not remove. "
+                "Set bias='none', use_dora=False and lora_bias=False."
+            )
+        config = copy.deepcopy(config)
+        if excluded_tower is not None and config.exclude_modules is None:
+            config.exclude_modules = rf"(.*\.)?{re.escape(excluded_tower)}(\..*)?"
+        configs[role] = config
+    return configs
+
+
+def check_adapted_modules(model: PeftModel, tower: str, freeze_vision_tower: bool) -> None:
+    """Raises a `ValueError` if a LoRA layer is where it would not be trained or was not asked for."""
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            "A LoRA adapter on `lm_head` would never be trained: the log-probabilities are computed from its weight "
+            "directly. Remove 'lm_head' from `target_modules`."
+        )
+    if freeze_vision_tower:
+        inside = [
+            name
+            for name, module in model.get_base_model().named_modules()
+            if isinstance(module, BaseTunerLayer) and (name == tower or name.startswith(tower + "."))
+        ]
+        if inside:
+            raise ValueError(
+                f"`target_modules` puts {len(inside)} LoRA layers into the vision tower (such as {inside[0]}), but "
+                f"freeze_vision_tower=True. Add {re.escape(tower)!r} to your `exclude_modules` pattern, leave "
+                "`exclude_modules` unset, or set freeze_vision_tower=False."
+            )
+
+
+def add_role_adapter(model: PeftModel, config: LoraConfig) -> None:
+    """Adds the proposer's adapter beside the solver's, in the same precision and as trainable as it."""
+    dtypes = {p.dtype for name, p in model.named_parameters() if f".{ADAPTER_OF[SOLVER]}." in name}
+    model.add_adapter(ADAPTER_OF[PROPOSER], config)
+    if len(dtypes) == 1:
+        for name, parameter in model.named_parameters():
+            if f".{ADAPTER_OF[PROPOSER]}." in name:
+                parameter.data = parameter.data.to(next(iter(dtypes)))
+
+
+def check_adapter_folder(folder: str | Path, separate: bool) -> None:
+    """Raises a `ValueError` if a checkpoint lacks the adapter of a role."""
+    folder = Path(folder)
+    needed = {SOLVER: folder}
+    if separate:
+        needed[PROPOSER] = folder / ADAPTER_OF[PROPOSER]
+    for role, place in needed.items():
+        missing = [
+            name for name in ("adapter_config.json", "adapter_model.safetensors") if not (place / name).is_file()
+        ]
+        if missing:
+            raise ValueError(
+                f"{folder} holds no adapter for the {role}: {place} lacks {' and '.join(missing)}. Expected the solver's "
+                "adapter in the folder itself and the proposer's in its subfolder 'proposer'."
+            )
+
+
+def load_role_adapters(model: PeftModel, folder: str | Path) -> None:
+    """
+    Loads both roles' weights from a checkpoint into the adapters of `model`.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            Model with the adapters to fill.
+        folder (`str` or `Path`):
+            Checkpoint folder: the solver's adapter in its root, the proposer's in `proposer/`.
+
+    Raises:
+        `ValueError`: if the folder lacks a role or holds tensors of other names or shapes.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    separate = ADAPTER_OF[PROPOSER] in model.peft_config
+    check_adapter_folder(folder, separate)
+    for role in ROLES if separate else (SOLVER,):
+        adapter = ADAPTER_OF[role]
+        place = Path(folder) / (adapter if role == PROPOSER else "")
+        state = load_file(place / "adapter_model.safetensors")
+        result = set_peft_model_state_dict(model, state, adapter_name=adapter)
+        missing = [name for name in result.missing_keys if f".{adapter}." in name]
+        if missing or result.unexpected_keys:
+            raise ValueError(
+                f"The {role}'s adapter in {place} does not fit this model: {len(missing)} tensors are missing and "
+                f"{len(result.unexpected_keys)} are unknown (such as {(missing + list(result.unexpected_keys))[0]}). Use "
+                "the base model and the `peft_config` it was trained with."
+            )
+
+
+def load_solver(base: str, adapter: str, **kwargs):
+    """
+    Loads a trained solver, ready to answer.
+
+    Args:
+        base (`str`):
+            Id or path of the base model.
+        adapter (`str`):
+            Id or path of the adapters: this package's layout, with the solver in the root, or the authors', with the
+            solver in the subfolder `solver`.
+        **kwargs:
+            For `from_pretrained` of the base model, such as `dtype` or `device_map`.
+
+    Returns:
+        `tuple[PeftModel, ProcessorMixin]`: the model, in eval mode, and its processor.
+
+    Example:
+
+    ```python
+    >>> model, processor = load_solver("Qwen/Qwen2.5-VL-7B-Instruct", "charts-evolmm", device_map="auto")
+    ```
+    """
+    from transformers import AutoModelForImageTextToText
+
+    from .processing import load_processor
+
+    subfolder = None if _has_adapter(adapter) else "solver"
+    model = AutoModelForImageTextToText.from_pretrained(base, **kwargs)
+    model = PeftModel.from_pretrained(model, adapter, subfolder=subfolder)
+    return model.eval(), load_processor(base)
+
+
+def _has_adapter(adapter: str) -> bool:
+    if Path(adapter).is_dir():
+        return (Path(adapter) / "adapter_config.json").is_file()
+    from huggingface_hub import file_exists
+
+    return file_exists(adapter, "adapter_config.json")

@@ -1,0 +1,116 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Sampling with transformers, each sample from a random stream of its own."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+def sample_seed(*key: str | int) -> int:
+    """A 63-bit seed that depends on the key alone (image, step, role, sample), not on the process or the batch."""
+    digest = hashlib.blake2b("\0".join(str(part) for part in key).encode("utf-8", "surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest(), "big") >> 1
+
+
+class SeededSampling(LogitsProcessor):
+    """
+    Turns greedy decoding into sampling with one random stream per row: every row draws one uniform number per token and
+    takes the token at which its cumulative probability passes it.
+
+    Args:
+        seeds (`Sequence[int]`):
+            One seed per row.
+        max_new_tokens (`int`):
+            Tokens to draw numbers for.
+    """
+
+    def __init__(self, seeds: Sequence[int], max_new_tokens: int):
+        # Shape (rows, max_new_tokens), drawn on the CPU so that all devices sample alike
+        self.uniforms = torch.stack(
+            [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        )
+        self.position = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        # scores: (rows, vocabulary)
+        cumulative = scores.float().softmax(-1).cumsum(-1)
+        total = cumulative[:, -1:]
+        thresholds = self.uniforms[:, self.position, None].to(scores.device) * total
+        self.position += 1
+        # Strictly below the total, so that the token found has a probability above 0
+        thresholds = torch.minimum(thresholds, torch.nextafter(total, torch.zeros_like(total)))
+        tokens = torch.searchsorted(cumulative, thresholds, right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
+
+
+def generate(
+    model: PreTrainedModel,
+    inputs: dict[str, torch.Tensor],
+    generation_config: GenerationConfig,
+    seeds: Sequence[int] | None,
+) -> list[list[int]]:
+    """
+    Generates one completion per row.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Unwrapped model in eval mode, with the role's adapter active.
+        inputs (`dict[str, torch.Tensor]`):
+            Left-padded prompts, `input_ids` and `attention_mask` of shape (rows, prompt length), and the model's image
+            inputs.
+        generation_config ([`~transformers.GenerationConfig`]):
+            Length, temperature, top-p, top-k, min-p, repetition penalty, end tokens and suppressed tokens.
+        seeds (`Sequence[int]` or `None`):
+            One seed per row; `None` decodes greedily.
+
+    Returns:
+        `list[list[int]]`: per row the token ids as generated, up to and with the first end token.
+    """
+    config = GenerationConfig.from_dict({**generation_config.to_dict(), "do_sample": False, "temperature": None})
+    config.top_p = config.top_k = config.min_p = None
+    processors = LogitsProcessorList()
+    if seeds is not None:
+        if generation_config.temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(generation_config.temperature))
+        if generation_config.top_k:
+            processors.append(TopKLogitsWarper(generation_config.top_k))
+        if generation_config.top_p is not None and generation_config.top_p < 1.0:
+            processors.append(TopPLogitsWarper(generation_config.top_p))
+        if generation_config.min_p is not None:
+            processors.append(MinPLogitsWarper(generation_config.min_p))
+        processors.append(SeededSampling(seeds, config.max_new_tokens))
+    with torch.no_grad():
+        output = model.generate(**inputs, generation_config=config, logits_processor=processors)
+    end_tokens = set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
+    return [_until_end(row, end_tokens) for row in output[:, inputs["input_ids"].size(1) :].tolist()]
+
+
+def _until_end(tokens: list[int], end_tokens: set[int]) -> list[int]:
+    for position, token in enumerate(tokens):
+        if token in end_tokens:
+            return tokens[: position + 1]
+    return tokens

@@ -1,0 +1,68 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Samples on disk: the questions that wait for the proposer's step, in safetensors."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .rollout.samples import EncodedPrompt, Sample
+
+
+def save_samples(samples: Sequence[Sample], file: Path) -> None:
+    """
+    Writes samples to a safetensors file.
+
+    Args:
+        samples (`Sequence[Sample]`):
+            Samples, each with its prompt.
+        file (`Path`):
+            File to write.
+    """
+    tensors = {"advantages": torch.tensor([sample.advantage for sample in samples], dtype=torch.float64)}
+    for i, sample in enumerate(samples):
+        tensors[f"{i}.completion_ids"] = sample.completion_ids
+        tensors[f"{i}.input_ids"] = sample.prompt.input_ids
+        if sample.prompt.mm_token_type_ids is not None:
+            tensors[f"{i}.mm_token_type_ids"] = sample.prompt.mm_token_type_ids
+        for name, tensor in sample.prompt.image_inputs.items():
+            tensors[f"{i}.image.{name}"] = tensor
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, file)
+
+
+def load_samples(file: Path) -> list[Sample]:
+    """
+    Reads samples from a file that [`save_samples`] wrote.
+
+    Args:
+        file (`Path`):
+            File to read.
+
+    Returns:
+        `list[Sample]`
+    """
+    tensors = load_file(file)
+    samples = []
+    for i, advantage in enumerate(tensors["advantages"].tolist()):
+        prefix = f"{i}.image."
+        prompt = EncodedPrompt(
+            input_ids=tensors[f"{i}.input_ids"],
+            mm_token_type_ids=tensors.get(f"{i}.mm_token_type_ids"),
+            image_inputs={name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)},
+        )
+        samples.append(Sample(prompt, tensors[f"{i}.completion_ids"], advantage))
+    return samples

@@ -1,0 +1,926 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+import logging
+import textwrap
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from transformers.trainer_utils import EvalLoopOutput
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import get_config_model_id
+
+from .answers import canonical_answer
+from .config import DEFAULT_STREAM_STEPS, EvoLMMConfig
+from .data import ReadableImages, ReadableImageStream
+from .evaluation import Scores, score_answers
+from .kl import AdaptiveKL
+from .model_card import write_model_card
+from .monitor import Rollout, RolloutLog, rollout_metrics
+from .processing import load_processor
+from .prompts import Question, read_answer, read_question
+from .rewards import (
+    PROPOSER_ENTROPY_MEAN,
+    PROPOSER_ENTROPY_STD,
+    EMABaseline,
+    discrete_proposer_reward,
+    discrete_solver_rewards,
+    entropy_scale,
+    proposer_reward,
+    solver_rewards,
+)
+from .role_adapters import (
+    ADAPTER_OF,
+    RoleAdapters,
+    add_role_adapter,
+    check_adapted_modules,
+    load_role_adapters,
+    role_lora_configs,
+    role_optimizer,
+    vision_tower,
+)
+from .rollout.generation import generate, sample_seed
+from .rollout.samples import (
+    EncodedPrompt,
+    Sample,
+    collate_prompts,
+    collate_samples,
+    encode_prompts,
+    split_evenly,
+)
+from .schedule import PROPOSER, ROLES, SOLVER, RoleSchedule, RolloutSampler, RolloutStream
+from .state import load_samples, save_samples
+from .voting import Vote, vote
+
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "evolmm_state.json"
+# Losses that TRL averages over the rows of a micro-batch; the others it already normalises over the whole step
+_ROW_MEAN_LOSSES = ("grpo", "dr_grpo", "sapo", "luspo")
+
+
+class EvoLMMTrainer(GRPOTrainer):
+    """
+    Trains a vision-language model on images alone, by the method of [EvoLMM](https://huggingface.co/papers/2511.16672).
+
+    The model plays two roles. The proposer asks a question about each image, the solver answers it N times, and how far
+    the answers agree is the only reward. Each optimizer step trains one role with the KL-penalised policy gradient of
+    [`~trl.GRPOTrainer`], whose loss, reference model, logging and checkpoints are inherited; what is new is where
+    prompts, rewards and advantages come from, and that a rollout's samples go to the roles' steps.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from evolmm_trl import EvoLMMConfig, EvoLMMTrainer
+
+    trainer = EvoLMMTrainer(
+        model="Qwen/Qwen2.5-VL-7B-Instruct",
+        args=EvoLMMConfig(output_dir="charts-evolmm"),
+        train_dataset=load_dataset("imagefolder", data_dir="images/train", split="train", streaming=True),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Vision-language model: an id, a path or a loaded model. A `PeftModel` has the adapter `"default"` (the
+            solver's) and, with `adapters="separate"`, `"proposer"`, and is trained further.
+        args ([`EvoLMMConfig`], *optional*):
+            Configuration. If `None`, the default one.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Images, in a column `image` (PIL images, bytes or paths). A column `image_id`, if there is one, names them in
+            the log. Nothing else is needed or looked at, but for what extra `reward_funcs` ask for.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
+            Labelled questions, in columns `image`, `question` and `answer`. They are never trained on.
+        processing_class ([`~transformers.ProcessorMixin`], *optional*):
+            The model's processor. If `None`, it is loaded with the model's id.
+        reward_funcs (`Callable`, `str`, [`~transformers.PreTrainedModel`] or `list` of them, *optional*):
+            Extra rewards for the solver, with the signature of [`~trl.GRPOTrainer`], added to the agreement reward with
+            `args.reward_weights`.
+        callbacks (`list[TrainerCallback]`, *optional*):
+            Callbacks.
+        optimizers (`tuple[torch.optim.Optimizer or None, torch.optim.lr_scheduler.LambdaLR or None]`, *optional*):
+            Optimizer and scheduler. With separate adapters the optimizer must be `None`: choose it with `args.optim`.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization of a model given by id or path.
+        peft_config ([`~peft.LoraConfig`] or `dict[str, LoraConfig]`, *optional*):
+            LoRA configuration of both roles, or one per role under `"solver"` and `"proposer"`. If `None`, all weights
+            are trained by both roles.
+
+    Raises:
+        `ValueError`: if the model has no vision tower, the dataset no images, or the settings do not fit each other.
+    """
+
+    _tag_names = ["trl", "evolmm", "evolmm-trl"]
+    _name = "EvoLMM"
+    _paper = {
+        "title": "EvoLMM: Self-Evolving Large Multimodal Models with Continuous Rewards",
+        "id": "2511.16672",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{thawakar2025evolmm,
+                title        = {{EvoLMM: Self-Evolving Large Multimodal Models with Continuous Rewards}},
+                author       = {Omkar Thawakar and Shravan Venkatraman and Ritesh Thawkar and Abdelrahman Shaker and Hisham Cholakkal and Rao Muhammad Anwer and Salman Khan and Fahad Khan},
+                year         = 2025,
+                eprint       = {arXiv:2511.16672},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        args: EvoLMMConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: "Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None" = None,
+        processing_class: ProcessorMixin | None = None,
+        reward_funcs: Callable | list | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: LoraConfig | dict[str, LoraConfig] | None = None,
+    ):
+        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        if args is None:
+            args = EvoLMMConfig(output_dir=f"{model_id.split('/')[-1]}-EvoLMM")
+        if not isinstance(args, EvoLMMConfig):
+            raise TypeError(f"`args` is a {type(args).__name__}; expected an `EvoLMMConfig`.")
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is missing; pass a dataset with a column 'image'.")
+        if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+            args.max_steps = DEFAULT_STREAM_STEPS
+            logger.warning("The length of a stream is not known, so `max_steps` is set to %d.", DEFAULT_STREAM_STEPS)
+        self._check_optimizer_argument(optimizers[0], model, peft_config, args)
+        tower_name = _vision_tower_name(model, args)
+        lora_configs = None
+        if peft_config is not None:
+            excluded = tower_name if args.freeze_vision_tower else None
+            lora_configs = role_lora_configs(peft_config, args.adapters, excluded)
+        if processing_class is None:
+            revision = (args.model_init_kwargs or {}).get("revision")
+            processing_class = load_processor(model_id, revision=revision, trust_remote_code=args.trust_remote_code)
+        if not hasattr(processing_class, "image_processor"):
+            raise ValueError(
+                f"`processing_class` is a {type(processing_class).__name__}, which cannot read images. Pass the model's "
+                "processor, or leave it unset."
+            )
+        processing_class.tokenizer.padding_side = "left"
+
+        super().__init__(
+            model=model,
+            # TRL asks for at least one; without any, agreement is the only reward
+            reward_funcs=reward_funcs or _agreement_only,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=lora_configs[SOLVER] if lora_configs else None,
+        )
+
+        if not reward_funcs:
+            self.reward_funcs, self.reward_func_names, self.reward_processing_classes = [], [], []
+        self._set_up_roles(lora_configs, tower_name)
+        # Read once here, so that a missing column or an empty dataset is said now and not after the model is sharded
+        images = ReadableImageStream if isinstance(train_dataset, IterableDataset) else ReadableImages
+        self._images = images(self._shuffled(train_dataset), max_pixels=args.max_pixels)
+
+        self.prompts = args.role_prompts
+        self.schedule = RoleSchedule(args.proposer_update_every, args.train_proposer)
+        self.kl = {role: self._adaptive_kl(role) for role in ROLES}
+        self.baselines = {role: EMABaseline(args.baseline_momentum) for role in ROLES}
+        self.rollout_log = RolloutLog(Path(args.output_dir) / "rollouts.jsonl")
+        self._pending_questions: list[Sample] = []  # asked since the proposer's last step
+        self._micro_batches: list[list[Sample]] = []  # of the current optimizer step
+        self._first_step_checked: set[str] = set()
+        if eval_dataset is not None:
+            # The untrained model's scores: what later ones are compared with, and whether the vote is ahead of greedy
+            args.eval_on_start = True
+        if self.accelerator.is_main_process:
+            print(self._describe_parameters())
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Setting up
+
+    @staticmethod
+    def _check_optimizer_argument(optimizer, model, peft_config, args) -> None:
+        separate = args.adapters == "separate" and (peft_config is not None or isinstance(model, PeftModel))
+        if optimizer is not None and separate:
+            raise ValueError(
+                "`optimizers` holds an optimizer, but it was made before the proposer's adapter and would move the idle "
+                "role's adapter by momentum and weight decay. Choose the optimizer with `args.optim`; a scheduler alone "
+                "can be passed as `optimizers=(None, scheduler)`."
+            )
+
+    def _set_up_roles(self, lora_configs: dict[str, LoraConfig] | None, tower_name: str) -> None:
+        """One adapter per role on the PEFT model that TRL made, or all weights but the vision tower's."""
+        model = self.model
+        separate = self.args.adapters == "separate"
+        if isinstance(model, PeftModel):
+            if "ref" in model.peft_config:
+                # TRL's copy of a pretrained adapter; the reference here is the base
+                model.delete_adapter("ref")
+            if lora_configs is not None and separate:
+                # TRL has just seeded the processes differently; adapters must start equal on all of them
+                set_seed(self.args.seed + 1)
+                add_role_adapter(model, lora_configs[PROPOSER])
+                set_seed(self.args.seed, device_specific=True)
+            expected = set(ADAPTER_OF.values()) if separate else {ADAPTER_OF[SOLVER]}
+            if set(model.peft_config) != expected:
+                raise ValueError(
+                    f"The `PeftModel` has the adapters {sorted(model.peft_config)}, but adapters={self.args.adapters!r} "
+                    f"needs exactly {sorted(expected)}. Load both roles, or pass the base model with `peft_config`."
+                )
+            check_adapted_modules(model, tower_name, self.args.freeze_vision_tower)
+        elif self.args.freeze_vision_tower:
+            model.get_submodule(tower_name).requires_grad_(False)
+        self.roles = RoleAdapters(model)
+
+    def _adaptive_kl(self, role: str) -> AdaptiveKL:
+        args = self.args
+        own = role == PROPOSER
+        beta = args.proposer_beta if own and args.proposer_beta is not None else args.beta
+        target = args.proposer_kl_target if own and args.proposer_kl_target is not None else args.kl_target
+        return AdaptiveKL(
+            beta=beta,
+            target=target,
+            rate=args.kl_rate if args.adaptive_kl else 0.0,
+            min_beta=min(beta, args.beta_max) if args.beta_min is None else args.beta_min,
+            max_beta=args.beta_max,
+        )
+
+    def _describe_parameters(self) -> str:
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        lines = [f"Trainable parameters of {total:,}:"]
+        for role in ROLES:
+            parameters = self.roles.parameters(role)
+            modules = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in parameters if ".lora_" in name})
+            where = f"LoRA on {', '.join(modules)}" if modules else "all weights"
+            lines.append(f"  {role}: {sum(p.numel() for p in parameters.values()):,} ({where})")
+        shared = "" if self.roles.separate else " Both roles train the same weights."
+        tower = "frozen" if self.args.freeze_vision_tower else "trainable"
+        return "\n".join(lines) + f"\n  vision tower: {tower}.{shared}"
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = ["image"]
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Makes the optimizer that `args.optim` names, with parameter groups by role, of which one is stepped at a time."""
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            optimizer_class, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, model
+            )
+            decayed = set(self.get_decay_parameter_names(model))
+            groups = defaultdict(list)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    groups[self.roles.role_of(name), name in decayed].append(parameter)
+            params = [
+                {"params": group, "role": role, "weight_decay": self.args.weight_decay if decay else 0.0}
+                for (role, decay), group in groups.items()
+            ]
+            self.optimizer_cls_and_kwargs = (
+                role_optimizer(optimizer_class, self.roles),
+                {**kwargs, "params": params},
+            )
+        super().create_optimizer(model)
+        self._check_optimizer()
+        return self.optimizer
+
+    def _check_optimizer(self) -> None:
+        self.roles.check()
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        for role in ROLES:
+            parameters = self.roles.parameters(role)
+            missing = [name for name, parameter in parameters.items() if id(parameter) not in held]
+            if missing or not parameters:
+                raise RuntimeError(
+                    f"{len(missing)} of the {role}'s {len(parameters)} trainable tensors are not in the optimizer"
+                    f"{f', such as {missing[0]}' if missing else ''}; they would silently never train. Let the trainer make "
+                    "the optimizer, and change no `requires_grad` in between."
+                )
+
+    def _shuffled(self, dataset):
+        if isinstance(dataset, IterableDataset) and self.args.shuffle_dataset:
+            return dataset.shuffle(seed=self.args.seed)
+        return dataset
+
+    def get_train_dataloader(self) -> DataLoader:
+        """
+        Yields, per micro-batch, a list of image rows: this process's images of a rollout at the first micro-batch of a
+        solver step, and nothing otherwise. GRPOTrainer's loader yields every row N times per micro-batch instead.
+        """
+        position = {
+            "schedule": self.schedule,
+            "images_per_process": self.args.images_per_process,
+            "micro_batches": self.args.gradient_accumulation_steps,
+            "rank": self.accelerator.process_index,
+            "world_size": self.accelerator.num_processes,
+        }
+        workers = self.args.dataloader_num_workers
+        options = {"collate_fn": list, "pin_memory": False}
+        if isinstance(self._images, ReadableImageStream):
+            if workers > 1:
+                logger.warning("A stream is read by one worker, not %d, to keep its order.", workers)
+            stream = RolloutStream(self._images, **position)
+            return _RolloutLoader(stream, batch_size=None, num_workers=min(workers, 1), **options)
+        sampler = RolloutSampler(
+            len(self._images), seed=self.args.seed, shuffle=bool(self.args.shuffle_dataset), **position
+        )
+        return _RolloutLoader(self._images, batch_sampler=sampler, num_workers=workers, **options)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # One optimizer step: propose, solve, vote, reward, role batch, loss
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        """One micro-batch of one role's step. `inputs` are the image rows of the step's rollout, or nothing."""
+        micro_batches = self.args.gradient_accumulation_steps
+        if self._step % micro_batches == 0:
+            self._begin_step(inputs)
+        self.roles.activate(self.role)  # stays until after the backward, which may recompute the forward
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._step % micro_batches == 0:  # the parent has counted this micro-batch
+            self._end_step()
+        return loss
+
+    def _begin_step(self, rows: list[dict]) -> None:
+        step = self.state.global_step
+        self.role = self.schedule.role(step)
+        if self.role == SOLVER:
+            samples = self._roll_out(rows)
+        else:
+            samples, self._pending_questions = self._pending_questions, []
+        self._set_step_samples(samples)
+
+    def _roll_out(self, rows: list[dict]) -> list[Sample]:
+        """Images to the solver's samples; the questions wait for the proposer's step."""
+        args = self.args
+        with self._timed("propose"):
+            question_prompts, question_ids, question_texts, questions = self._propose(rows)
+        with self._timed("solve"):
+            answer_prompts, answer_ids, completions = self._solve(rows, questions)
+        answers = [[read_answer(text) for text in group] for group in completions]
+        votes = [vote([_canonical(answer) for answer in group]) for group in answers]
+        solver, proposer = self._rewards(questions, answers, votes)
+        solver = self._add_reward_funcs(solver, rows, questions, completions, answer_ids)
+        solver_advantages = self._advantages(SOLVER, solver)
+        proposer_advantages = [a for group in self._advantages(PROPOSER, [proposer]) for a in group]
+
+        trained = [_within(v.agreement, args.agreement_band) for v in votes]
+        step = self.state.global_step
+        rollouts = [
+            Rollout(
+                image_id=str(rows[i]["image_id"]),
+                question_completion=question_texts[i],
+                question=questions[i],
+                completions=completions[i],
+                answers=answers[i],
+                vote=votes[i],
+                solver_rewards=solver[i],
+                solver_advantages=solver_advantages[i],
+                proposer_reward=proposer[i],
+                proposer_advantage=proposer_advantages[i],
+                solver_step=step + 1 if trained[i] else None,
+                proposer_step=self._proposer_step(step),
+            )
+            for i in range(len(rows))
+        ]
+        self._record(rollouts, rows)
+        if args.train_proposer:
+            self._pending_questions += [
+                Sample(prompt, torch.tensor(ids), advantage)
+                for prompt, ids, advantage in zip(question_prompts, question_ids, proposer_advantages, strict=True)
+            ]
+        return [
+            Sample(answer_prompts[i], torch.tensor(answer_ids[i][n]), solver_advantages[i][n])
+            for i in range(len(rows))
+            if trained[i]
+            for n in range(args.num_generations)
+        ]
+
+    def _propose(self, rows: list[dict]) -> tuple[list[EncodedPrompt], list[list[int]], list[str], list[Question]]:
+        """One question per image."""
+        conversations = [self.prompts.proposer_messages()] * len(rows)
+        prompts = self._encode(conversations, rows)
+        seeds = [self._seed(PROPOSER, row, 0) for row in rows]
+        ids = self._generate_role(PROPOSER, prompts, seeds)
+        texts = self._decode(ids)
+        questions = [
+            read_question(text, self.prompts.default_question, self._tokenizer.all_special_tokens) for text in texts
+        ]
+        return prompts, ids, texts, questions
+
+    def _solve(
+        self, rows: list[dict], questions: list[Question]
+    ) -> tuple[list[EncodedPrompt], list[list[list[int]]], list[list[str]]]:
+        """N answers, and the extra votes, per question."""
+        votes = self.args.num_votes
+        conversations = [self.prompts.solver_messages(question.text) for question in questions]
+        prompts = self._encode(conversations, rows)
+        seeds = [self._seed(SOLVER, row, n) for row in rows for n in range(votes)]
+        ids = self._generate_role(SOLVER, [prompt for prompt in prompts for _ in range(votes)], seeds)
+        texts = self._decode(ids)
+        groups = [slice(i * votes, (i + 1) * votes) for i in range(len(rows))]
+        return prompts, [ids[group] for group in groups], [texts[group] for group in groups]
+
+    def _rewards(
+        self, questions: list[Question], answers: list[list], votes: list[Vote]
+    ) -> tuple[list[list[float]], list[float]]:
+        """The solver's rewards, of the N trained answers of each question, and the proposer's, one per question."""
+        args = self.args
+        n = args.num_generations
+        if args.reward == "discrete":
+            solver = [discrete_solver_rewards(v)[:n] for v in votes]
+            proposer = [discrete_proposer_reward(v) for v in votes]
+        else:
+            solver = [
+                solver_rewards(
+                    v,
+                    [answer.words_before for answer in group],
+                    gamma=args.solver_gamma,
+                    length_weight=args.length_weight,
+                    length_target=args.length_target,
+                    length_cap=args.length_cap,
+                )[:n]
+                for v, group in zip(votes, answers, strict=True)
+            ]
+            scale = entropy_scale(args.num_votes)
+            mean, std = args.proposer_entropy_mean, args.proposer_entropy_std
+            mean = PROPOSER_ENTROPY_MEAN * scale if mean is None else mean
+            std = PROPOSER_ENTROPY_STD * scale if std is None else std
+            proposer = [proposer_reward(v.entropy, mean=mean, std=std) for v in votes]
+        # A malformed question is answered, so that the solver loses nothing, but earns its proposer nothing
+        proposer = [r if q.well_formed else 0.0 for r, q in zip(proposer, questions, strict=True)]
+        return solver, proposer
+
+    def _add_reward_funcs(self, solver, rows, questions, completions, answer_ids) -> list[list[float]]:
+        """Adds the user's `reward_funcs`, called as GRPOTrainer calls them, to the agreement rewards."""
+        if not self.reward_funcs:
+            return solver
+        n = self.args.num_generations
+        inputs = [
+            {**row, "question": question.text} for row, question in zip(rows, questions, strict=True) for _ in range(n)
+        ]
+        prompts = [self.prompts.solver_messages(row["question"]) for row in inputs]
+        texts = [[{"role": "assistant", "content": text}] for group in completions for text in group[:n]]
+        ids = [completion for group in answer_ids for completion in group[:n]]
+        per_func = self._calculate_rewards(inputs, prompts, texts, ids)  # (rows of all processes, functions)
+        for name, column in zip(self.reward_func_names, per_func.T, strict=True):
+            self._log_train(f"rewards/{name}/mean", column.nanmean().item())
+        local = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+        extra = (per_func * self.reward_weights.to(per_func.device)).nansum(dim=1)[local].view(-1, n).tolist()
+        return [[a + b for a, b in zip(*groups, strict=True)] for groups in zip(solver, extra, strict=True)]
+
+    def _advantages(self, role: str, groups: list[list[float]]) -> list[list[float]]:
+        """
+        Rewards minus baseline. The moving average is fixed for the whole rollout, over all processes, and moves once
+        after it.
+        """
+        rewards = torch.tensor(groups, device=self.accelerator.device)
+        mean = self.accelerator.gather(rewards.mean()).mean().item()
+        if self.args.baseline == "ema":
+            baseline = self.baselines[role].start(mean)
+            self.baselines[role].update(mean)
+        else:
+            # The questions of a rollout are the proposer's group
+            baseline = mean if role == PROPOSER else rewards.mean(dim=1, keepdim=True)
+        self._log_train(f"{role}/baseline", mean if self.args.baseline == "group" else baseline)
+        return (rewards - baseline).tolist()
+
+    def _set_step_samples(self, samples: list[Sample]) -> None:
+        """The role batch: all samples of the step, over its micro-batches."""
+        self._micro_batches = split_evenly(samples, self.args.gradient_accumulation_steps)
+        local = torch.tensor(
+            [len(samples), sum(s.completion_ids.numel() for s in samples)], device=self.accelerator.device
+        )
+        self._step_rows, self._step_tokens = self.accelerator.reduce(local, reduction="sum").tolist()
+        self._step_kl = 0.0
+        if samples:
+            self._any_advantage = any(sample.advantage for sample in samples)
+            self._spare_sample = samples[0]
+
+    def _prepare_inputs(self, inputs):
+        """The padded tensors of the current micro-batch, with the reference's log-probs."""
+        samples = self._micro_batches[self._step % self.args.gradient_accumulation_steps]
+        # Every process must run as many forwards as the others; one without a sample runs one that does not count
+        counted = len(samples)
+        samples = samples or [self._spare_sample]
+        batch = self._to_device(collate_samples(samples, self._tokenizer.pad_token_id))
+        if not counted:
+            batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
+        if self.mask_truncated_completions:
+            ended = torch.tensor([s.completion_ids[-1].item() in self.eos_token_ids for s in samples])
+            batch["completion_mask"] = batch["completion_mask"] * ended.to(batch["completion_mask"].device)[:, None]
+        batch["num_items_in_batch"] = torch.tensor(self._step_tokens, device=self.accelerator.device)
+        if self.role not in self._first_step_checked and counted:
+            self._check_image_reaches_loss(batch)
+        if self.kl[self.role].beta != 0.0:
+            with self._timed("reference"), torch.no_grad():
+                batch["ref_per_token_logps"] = self._reference_logps(batch)
+        self._update_started = time.perf_counter()
+        return batch
+
+    def _reference_logps(self, batch: dict) -> torch.Tensor:
+        """Log-probs of the frozen base: the model without any role's adapter, or TRL's reference model."""
+        frozen_base = self.roles.reference() if self.ref_model is None else nullcontext()
+        with frozen_base:
+            return self._completion_logps(self.model if self.ref_model is None else self.ref_model, batch)
+
+    def _completion_logps(self, model, batch: dict) -> torch.Tensor:
+        """Log-probs of the completion tokens, of shape (rows, C), from TRL's forward."""
+        forward_args = {
+            name: value
+            for name, value in batch.items()
+            if name
+            not in (
+                "prompt_ids",
+                "prompt_mask",
+                "completion_ids",
+                "completion_mask",
+                "advantages",
+                "num_items_in_batch",
+            )
+        }
+        return self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].size(1),
+            **forward_args,
+        )[0]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss with the active role's beta, as the mean over all samples of the step whatever its micro-batches."""
+        self.beta = self.kl[self.role].beta
+        train_metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        role_metrics, self._metrics["train"] = self._metrics["train"], train_metrics
+        for name, values in role_metrics.items():
+            train_metrics[f"{self.role}/{name}"].extend(values)
+        if self._step_rows == 0:
+            return loss
+        if self.beta != 0.0:
+            tokens = self.accelerator.reduce(inputs["completion_mask"].sum(), reduction="sum").item()
+            self._step_kl += role_metrics["kl"][0] * tokens / max(self._step_tokens, 1)
+        if self.loss_type in _ROW_MEAN_LOSSES:
+            rows = inputs["completion_mask"].size(0)
+            micro_batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+            loss = loss * (rows * micro_batches / self._step_rows)
+        return loss
+
+    def _end_step(self) -> None:
+        self._log_train("time/update", time.perf_counter() - self._update_started)
+        if self._step_rows == 0:
+            # No question within the agreement band: nothing may move, not even by momentum
+            self.roles.activate(None)
+            return
+        self._log_train(f"{self.role}/beta", self.kl[self.role].beta)
+        if self.beta != 0.0:
+            self.kl[self.role].update(self._step_kl)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        value = float(grad_norm)
+        self._log_train(f"{self.role}/grad_norm", value)
+        self._log_train(f"{self.role}/learning_rate", self._get_learning_rate())
+        if self.role not in self._first_step_checked and self._step_rows and self._any_advantage:
+            if value == 0.0:
+                raise RuntimeError(
+                    f"No gradient reached the {self.role}'s {len(self.roles.parameters(self.role))} trainable tensors "
+                    "although its samples have advantages: it would silently never train. Check that nothing froze or "
+                    "detached them."
+                )
+            self._first_step_checked.add(self.role)
+        return grad_norm
+
+    @torch.no_grad()
+    def _check_image_reaches_loss(self, batch: dict) -> None:
+        """Fails if the log-probs that the loss is made of do not depend on the image."""
+        if "pixel_values" not in batch:
+            raise RuntimeError(
+                f"The batch of the {self.role}'s first step holds no `pixel_values` but {sorted(batch)}: the policy gradient "
+                "would not see the image."
+            )
+        other = self._completion_logps(self.model, {**batch, "pixel_values": 1.0 - batch["pixel_values"]})
+        seen = self._completion_logps(self.model, batch)
+        mask = batch["completion_mask"].bool()
+        if torch.equal(seen[mask], other[mask]):
+            raise RuntimeError(
+                f"The {self.role}'s log-probs do not change with the image: the policy gradient would not see it. Check "
+                "that the chat template places the image and the processor returns it."
+            )
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Generation
+
+    def _encode(self, conversations: list[list[dict]], rows: list[dict]) -> list[EncodedPrompt]:
+        images = [row["image"] for row in rows]
+        return encode_prompts(self.processing_class, conversations, images, **self.chat_template_kwargs)
+
+    def _decode(self, ids: list[list[int]]) -> list[str]:
+        return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def _seed(self, role: str, row: dict, n: int) -> int:
+        return sample_seed(self.args.seed, self.state.global_step, role, row["image_id"], n)
+
+    def _generation_config(self, role: str) -> GenerationConfig:
+        config = GenerationConfig.from_dict(self.generation_config.to_dict())
+        config.max_new_tokens = self.args.max_question_length if role == PROPOSER else self.args.max_completion_length
+        # A sampled placeholder has no image behind it, and the next forward fails on it
+        model_config = self.model.config
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        placeholders = {getattr(model_config, name, None) for name in names} - {None, *self.eos_token_ids}
+        config.suppress_tokens = sorted(placeholders | set(config.suppress_tokens or []))
+        return config
+
+    def _generate_role(
+        self, role: str, prompts: Sequence[EncodedPrompt], seeds: Sequence[int] | None
+    ) -> list[list[int]]:
+        """One completion per prompt by one role, sampled with one seed per row, or greedy without seeds."""
+        batch = self._to_device(collate_prompts(prompts, self._tokenizer.pad_token_id))
+        training = self.model.training
+        self.model.eval()  # without dropout: the policy that is sampled is the one that is trained
+        with (
+            self.roles.using(role),
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=True,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            self.compute_loss_context_manager(),
+        ):
+            ids = generate(model, batch, self._generation_config(role), seeds)
+        self.model.train(training)
+        return ids
+
+    def _to_device(self, batch: dict) -> dict:
+        device = self.accelerator.device
+        return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Records
+
+    def _proposer_step(self, step: int) -> int | None:
+        """The optimizer step, counted from 1, that will train on questions asked at `step`; `None` if the run ends first."""
+        next_step = self.schedule.next_proposer_step(step)
+        return next_step + 1 if next_step is not None and next_step < self.state.max_steps else None
+
+    def _record(self, rollouts: list[Rollout], rows: list[dict]) -> None:
+        """Logs the rollouts of all processes, to the rollout log, the metrics and TRL's completion tables."""
+        records = gather_object([rollout.record(self.state.global_step + 1) for rollout in rollouts])
+        for name, value in rollout_metrics(records).items():
+            self._log_train(name, value)
+        if self.accelerator.is_main_process:
+            self.rollout_log.write(records)
+        if not self.log_completions:
+            return
+        n = self.args.num_generations
+        prompts = gather_object(
+            [
+                [{"role": "user", "content": self.prompts.solver.replace("{question}", r.question.text)}]
+                for r in rollouts
+            ]
+        )
+        images = gather_object([[row["image"]] for row in rows]) if self.log_multimodal else [None] * len(records)
+        for prompt, image, record in zip(prompts, images, records, strict=True):
+            for answer in record["answers"][:n]:
+                self._logs["prompt"].append(prompt)
+                self._logs["completion"].append([{"role": "assistant", "content": answer["completion"]}])
+                self._logs["rewards"]["reward"].append(answer["reward"])
+                self._logs["advantages"].append(answer["advantage"])
+                if self.log_multimodal:
+                    self._logs["images"].append(image)
+
+    def _log_train(self, name: str, value: float) -> None:
+        self._metrics["train"][name].append(value)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._log_train(f"time/{name}", time.perf_counter() - start)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Evaluation on labelled questions
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """Yields lists of this process's labelled rows."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            if self.eval_dataset is None:
+                raise ValueError(
+                    "Evaluation needs an `eval_dataset` with the columns 'image', 'question' and 'answer'."
+                )
+            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+        columns = getattr(eval_dataset, "column_names", None)
+        if columns is not None and not {"image", "question", "answer"} <= set(columns):
+            raise ValueError(
+                f"`eval_dataset` has the columns {sorted(columns)}; expected 'image', 'question' and 'answer'."
+            )
+        images = ReadableImageStream if isinstance(eval_dataset, IterableDataset) else ReadableImages
+        readable = images(eval_dataset, max_pixels=self.args.max_pixels)
+        return DataLoader(
+            _Share(readable, self.accelerator.process_index, self.accelerator.num_processes),
+            batch_size=self.args.eval_batch_size,
+            collate_fn=list,
+        )
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """
+        Accuracy of the solver on labelled questions: greedy, sampled (mean over N), and of the majority of N; with the
+        agreement, entropy and unreadable share of the sampled answers.
+        """
+        training = self.model.training
+        self.model.eval()
+        n = self.num_generations_eval
+        scores: list[Scores] = []
+        for rows in dataloader:
+            prompts = self._encode([self.prompts.solver_messages(str(row["question"])) for row in rows], rows)
+            greedy = self._decode(self._generate_role(SOLVER, prompts, None))
+            seeds = [
+                sample_seed(self.args.seed, "eval", row["image_id"], row["question"], i)
+                for row in rows
+                for i in range(n)
+            ]
+            repeated = [prompt for prompt in prompts for _ in range(n)]
+            sampled = self._decode(self._generate_role(SOLVER, repeated, seeds))
+            for i, row in enumerate(rows):
+                scores.append(score_answers(str(row["answer"]), greedy[i], sampled[i * n : (i + 1) * n]))
+        scores = gather_object(scores)
+        if not scores:
+            raise ValueError("`eval_dataset` has no rows; leave it out or add labelled questions.")
+        metrics = Scores.mean(scores)
+        if self.state.global_step == 0:
+            self._warn_if_vote_not_ahead(scores)
+        self.model.train(training)
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            num_samples=len(scores),
+        )
+
+    def _warn_if_vote_not_ahead(self, scores: list[Scores]) -> None:
+        gap, error = Scores.vote_gain(scores)
+        if gap > 2 * error or not self.accelerator.is_main_process:
+            return
+        logger.warning(
+            "On %d labelled questions the majority of %d answers is %+.1f points (standard error %.1f) from the greedy "
+            "answer: the vote is not measurably ahead. Self-reward can only teach what the vote knows, and where the vote "
+            "is behind it lowers accuracy. Watch `eval_accuracy_greedy`, sample at another `temperature`, add `extra_votes`, "
+            "or start from a better model.",
+            len(scores),
+            self.num_generations_eval,
+            100 * gap,
+            100 * error,
+        )
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_model_card(self, Path(output_dir or self.args.output_dir))
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs) -> None:
+        """Writes this trainer's model card to `args.output_dir`."""
+        if self.is_world_process_zero():
+            write_model_card(self, Path(self.args.output_dir), model_name, dataset_name, tags)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_samples(
+            self._pending_questions, folder / f"pending_questions_{self.accelerator.process_index}.safetensors"
+        )
+        if self.args.should_save:
+            state = {
+                "step": self.state.global_step,
+                "kl": {role: self.kl[role].state_dict() for role in ROLES},
+                "baselines": {role: self.baselines[role].state_dict() for role in ROLES},
+                "rollout_log_bytes": len(self.rollout_log),
+                "processes": self.accelerator.num_processes,
+            }
+            (folder / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n")
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if isinstance(self.model, PeftModel):
+            # The parent loads one adapter and freezes the other
+            load_role_adapters(self.model, resume_from_checkpoint)
+            self.roles.check()
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        file = Path(checkpoint) / STATE_NAME
+        if not file.is_file():
+            raise ValueError(f"{checkpoint} lacks {STATE_NAME}: it is not a checkpoint of this trainer.")
+        state = json.loads(file.read_text())
+        if state["processes"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"{checkpoint} was saved by {state['processes']} processes and cannot be resumed on "
+                f"{self.accelerator.num_processes}: the questions that wait for the proposer's step are kept per process."
+            )
+        for role in ROLES:
+            self.kl[role].load_state_dict(state["kl"][role])
+            self.baselines[role].load_state_dict(state["baselines"][role])
+        self._pending_questions = load_samples(
+            Path(checkpoint) / f"pending_questions_{self.accelerator.process_index}.safetensors"
+        )
+        if self.accelerator.is_main_process:
+            self.rollout_log.resume(state["rollout_log_bytes"])
+
+
+class _RolloutLoader(DataLoader):
+    """A `DataLoader` that tells its batch sampler the epoch, as transformers asks of a loader."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if isinstance(self.batch_sampler, RolloutSampler):
+            self.batch_sampler.set_epoch(epoch)
+
+
+class _Share(torch.utils.data.IterableDataset):
+    """This process's share of the rows: every `world_size`-th."""
+
+    def __init__(self, rows, rank: int, world_size: int):
+        self.rows = rows
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[dict]:
+        rows = (self.rows[i] for i in range(len(self.rows))) if hasattr(self.rows, "__len__") else iter(self.rows)
+        return (row for i, row in enumerate(rows) if i % self.world_size == self.rank)
+
+
+def _agreement_only(**kwargs):
+    raise AssertionError("the agreement reward is not a reward function")
+
+
+def _canonical(answer) -> str | None:
+    return canonical_answer(answer.text) if answer.text is not None else None
+
+
+def _within(agreement: float, band: tuple[float, float] | None) -> bool:
+    return band is None or band[0] <= agreement <= band[1]
+
+
+def _vision_tower_name(model: "str | PreTrainedModel | PeftModel", args: EvoLMMConfig) -> str:
+    """The name of the model's vision tower; a model given by id is built without weights to find it."""
+    if not isinstance(model, str):
+        return vision_tower(model.get_base_model() if isinstance(model, PeftModel) else model)[0]
+    options = {"trust_remote_code": args.trust_remote_code, "revision": (args.model_init_kwargs or {}).get("revision")}
+    config = AutoConfig.from_pretrained(model, **options)
+    if getattr(config, "vision_config", None) is None:
+        raise ValueError(
+            f"{model} is a {config.model_type} model without a vision tower: `EvoLMMTrainer` trains vision-language models. "
+            "Pass one, such as a Qwen2.5-VL or Qwen3-VL checkpoint."
+        )
+    with torch.device("meta"):
+        return vision_tower(AutoModelForImageTextToText.from_config(config, trust_remote_code=args.trust_remote_code))[
+            0
+        ]
