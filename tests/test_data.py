@@ -141,6 +141,8 @@ def test_links_to_folders_are_not_followed_and_links_to_files_are(folder, tmp_pa
     (folder / "elsewhere").symlink_to(outside)
     (folder / "linked.png").symlink_to(outside / "x.png")
     assert ids(load_images(folder)) == sorted([*FOLDER_IDS, "linked.png"])
+    with pytest.raises(ValueError, match="'elsewhere'"):
+        load_images(folder, include=["elsewhere"])
 
 
 def test_a_file_name_that_is_not_utf8_is_left_out_with_a_warning(folder, caplog):
@@ -164,6 +166,19 @@ def test_a_streamed_folder_resumes_at_its_state(folder):
 def test_a_streamed_folder_is_shared_out_to_dataloader_workers(folder):
     loader = DataLoader(load_images(folder), batch_size=None, num_workers=2)
     assert sorted(ids(loader)) == FOLDER_IDS
+
+
+def test_a_subfolder_one_may_not_list_is_an_error_and_not_left_out(folder, monkeypatch):
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("photos"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="photos"):
+        load_images(folder)
 
 
 def test_a_folder_without_images_is_an_error_that_names_the_suffixes(tmp_path):
@@ -231,6 +246,16 @@ def test_shards_give_their_images_with_their_keys_and_no_labels(shards, pattern,
 def test_a_compressed_shard_is_read(tmp_path):
     path = write_shard(tmp_path / "x.tar.gz", {"k.png": encoded(image())})
     assert ids(load_images(str(path))) == ["k"]
+
+
+def test_links_and_folders_inside_a_shard_are_left_out(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, kind in [("folder.png", tarfile.DIRTYPE), ("link.png", tarfile.SYMTYPE)]:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/hostname"
+            tar.addfile(member)
+        tar.addfile(tarfile.TarInfo("empty.png"))
+    assert ids(load_images(tmp_path / "x.tar")) == ["empty"]
 
 
 def test_a_shard_that_changed_is_read_anew_when_not_streaming(tmp_path):
@@ -557,6 +582,19 @@ def test_ghostscript_is_never_called_on_a_postscript_file(tmp_path, monkeypatch)
     assert Image.open(io.BytesIO(content)).format == "EPS"  # PIL alone would take it
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("ghostscript was called"))
     assert reason_of(content) == "not an image"
+
+
+def test_a_file_too_large_to_be_an_image_is_not_read(tmp_path):
+    with open(tmp_path / "a.png", "wb") as file:
+        file.truncate(data.MAX_FILE_BYTES + 1)  # sparse: takes no space
+    assert reason_of(tmp_path / "a.png") == "file too large"
+
+
+def test_a_tiff_whose_tag_has_the_wrong_type_is_unreadable():
+    content = bytearray(encoded(image(), "TIFF"))
+    tag = content.index(struct.pack("<HH", 273, 4))  # strip offsets, an unsigned long
+    content[tag + 2] = 5  # a fraction
+    assert reason_of(bytes(content)) == "damaged file"
 
 
 @pytest.mark.parametrize("size", [(1, 1), (MIN_SIDE - 1, 50), (50, MIN_SIDE - 1)])

@@ -1,7 +1,22 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
 """When two answers are the same answer.
 
-`canonical_answer` is used to vote among the N answers sampled for one question, so its two errors cost differently: answers
-kept apart lose a vote, answers wrongly merged are a wrong reward. Where the reading of a text is open, it is kept apart.
+The votes among the N answers to one question are counted by `canonical_answer`. Its two errors cost differently: a
+pair kept apart loses a vote, a pair wrongly merged is a wrong reward. Where a text can be read in two ways, it is kept
+apart.
 """
 
 import re
@@ -9,8 +24,8 @@ import unicodedata
 from fractions import Fraction
 
 
-# A longer text is no short answer: it is compared as written. The bound also keeps every number's digits under the smallest
-# limit Python can be told to have for `int()` (640), and every loop below short.
+# A longer text is no short answer: it is compared as written. The bound also keeps every loop below short, and every
+# number under the least limit of digits that Python's `int()` can be given (640).
 LONGEST_ANSWER = 500
 
 
@@ -19,29 +34,35 @@ def canonical_answer(text: str | None) -> str | None:
     Canonical form of an answer: two answers are the same answer exactly when their canonical forms are equal.
 
     The same answer:
-    - text up to case, white space, a leading article, surrounding quotes, brackets and sentence punctuation, Markdown emphasis,
-      LaTeX (`\boxed{}`, `\text{}`, `$...$`, `\(...\)`, spacing, escapes), Unicode look-alikes and "the answer is";
-    - equal numbers, by exact arithmetic: `12`, `12.0`, `+12`, `012`, `twelve`, `24/2`, `1.2e1`, `1.2 \times 10^1`; `1,234` and
-      `1234` (commas, or thin and non-breaking spaces, in groups of three); `1 1/2`, `1½`, `\frac{3}{2}` and `1.5`. Words are
-      read from zero to twenty;
+
+    - text up to case, white space, a leading article, surrounding quotes, brackets and sentence punctuation, Markdown
+      emphasis, LaTeX (`\boxed{}`, `\text{}`, `$...$`, `\(...\)`, spaces, escapes), Unicode look-alikes and a leading
+      "the answer is";
+    - equal numbers, by exact arithmetic: `12`, `12.0`, `+12`, `012`, `twelve`, `24/2`, `1.2e1` and `1.2 \times 10^1`;
+      `1,234` and `1234` (commas, or thin and non-breaking spaces, between groups of three); `1 1/2`, `1½`,
+      `\frac{3}{2}` and `1.5`. Words are read from zero to twenty;
     - equal quantities: `5cm` and `5.0 cm`, `50%` and `50 percent`, `90°` and `90 degrees`, `$5`, `$5.00` and `5$`;
     - lists and tuples of equal quantities in the same order: `3,5` and `3, 5.0`; `(3,5)` and `(3, 5)`;
     - an option letter in any dress: `B`, `b.`, `(B)`, `B)`, `Option B`.
 
     Kept apart, among others:
-    - a number from the same with a sign, a percent sign, a currency, a unit or an ordinal ending, and from `5!` or `0.33...`;
-    - units that differ in case (`MW`, `mW`), but for words that are no symbol (`Years`, `PM`). No unit is converted;
+
+    - a number from the same with a sign, a percent sign, a currency, a unit or an ordinal ending, and from `5!` or
+      `5...`;
+    - units that differ in case (`MW`, `mW`), except in words that are no symbols (`Years`, `PM`); units are not
+      converted;
     - lists in another order, and brackets that mean something: `3, 5`, `(3, 5)`, `[3, 5]` and `{3, 5}`;
-    - an option's letter from its letter with its text; `yes` from `true`; `x = 5` from `5`; `1:2` from `1/2`; `1 234` with a
-      plain space from `1234`.
+    - an option's letter from the letter with its text; `yes` from `true`; `x = 5` from `5`; `1:2` from `1/2`; `1 234`
+      with a plain space from `1234`.
 
     Args:
         text (`str` or `None`):
             The answer as the model wrote it.
 
     Returns:
-        `str` or `None`: The canonical form, its own canonical form, or `None` where there is no answer: `None`, or nothing but
-        white space and punctuation. A text longer than 500 characters only has its white space tidied.
+        `str` or `None`: The canonical form, which is its own canonical form, or `None` where there is no answer:
+        `None`, or nothing but white space and punctuation. A text longer than 500 characters only has its white space
+        tidied.
 
     Examples:
 
@@ -56,9 +77,10 @@ def canonical_answer(text: str | None) -> str | None:
     """
     if text is None:
         return None
-    # One pass may uncover work for another, as in a quoted fraction inside a box, and the canonical form must be its own
-    # canonical form: repeat until nothing changes. A pass shortens the text or settles it, so the bound is never the end of it.
-    for _ in range(LONGEST_ANSWER):
+    # A canonical form must be its own canonical form, and one pass may uncover work for another: repeat until nothing
+    # changes. Every pass but the last few shortens the text, so the bound is never met; it is there so that no text can
+    # hang a training run.
+    for _ in range(2 * LONGEST_ANSWER):
         text = _tidy(text)
         if len(text) > LONGEST_ANSWER or (simpler := _simplify(text)) == text:
             break
@@ -79,19 +101,19 @@ def _simplify(text: str) -> str:
     return _fold_text(text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # White space, Unicode, LaTeX
-# ---------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
-# Groups of three digits joined by the spaces that typesetters use for it; a plain space might stand between two numbers. No
-# match starts inside a longer run of groups, which also keeps the search linear.
+# Groups of three digits joined by the spaces that typesetters use for it; a plain space might stand between two
+# numbers. No match starts inside a longer run of groups, which also keeps the search linear.
 _THIN = "\u00a0\u2007\u2008\u2009\u202f"
 _THIN_THOUSANDS = re.compile(rf"(?<![\d.,{_THIN}])\d{{1,3}}(?:[{_THIN}]\d{{3}})+(?![{_THIN}]?\d)")
 
 
 def _tidy(text: str) -> str:
-    # The only step that sees a text of any length. Format characters (marks of direction, zero-width spaces) go, control
-    # characters count as white space.
+    # The only step that sees a text of any length. Format characters (marks of direction, zero-width spaces) go,
+    # control characters count as white space.
     if not (text.isascii() and text.isprintable()):
         categories = ((char, unicodedata.category(char)) for char in text)
         text = "".join(" " if category == "Cc" else char for char, category in categories if category != "Cf")
@@ -131,15 +153,15 @@ def _plain_unicode(text: str) -> str:
 # What stands between braces without braces in it; `\{` is a brace that is shown.
 _GROUP = r"\{((?:[^{}\\]|\\.)*)\}"
 _FRAC_ARGUMENT = rf"(?: ?{_GROUP}| ?([0-9]))"
-# Pandoc's rule: the opening dollar hugs what follows, the closing dollar what precedes and has no digit behind it, so that
-# "$5 to $10" stays money.
+# Pandoc's rule: the opening dollar hugs what follows, the closing dollar what precedes and has no digit behind it, so
+# that "$5 to $10" stays money.
 _MATH = re.compile(r"(?<![\\0-9$])(\${1,2})(?![\s$])((?:[^$\\]|\\.)+)(?<!\s)\1(?![0-9$])")
 _BOLD = re.compile(r"(?<!\w)\*\*(?=[^\s*])([^*]+)(?<=[^\s*])\*\*(?!\w)")
 _DEGREE = re.compile(r"\^ ?(?:\\circ(?![a-zA-Z])|\{ ?\\circ ?\})|\\degree(?![a-zA-Z])")
 _FRAC = re.compile(rf"\\[dtc]?frac{_FRAC_ARGUMENT}{_FRAC_ARGUMENT}")
 _COMMAND = re.compile(rf"\\(?![dtc]?frac)([a-zA-Z]+) ?{_GROUP}|([\^_]) ?{_GROUP}")
-_FONT = re.compile(r"text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|it|rm|sf|tt)|mbox|operatorname")
-_INVISIBLE = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[()\[\]!]")
+_FONT = re.compile(r"text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|it|rm|sf|tt)|mbox|operatorname|underline|emph")
+_INVISIBLE = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[()\[\]]|\\!(?!$)")
 _SPACE = re.compile(r"\\[;: ]|\\q?quad(?![a-zA-Z])")
 _SYMBOLS = {"times": "×", "cdot": "·", "div": "÷", "pm": "±", "pi": "π", "infty": "∞"}
 _SYMBOL = re.compile(rf"\\({'|'.join(_SYMBOLS)})(?![a-zA-Z])")
@@ -182,16 +204,16 @@ def _argument(content: str) -> str:
     return content if re.fullmatch(r"[+-]?(?:[0-9]+|[^\W\d_]+)", content) else f"({content})"
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # What stands around an answer
-# ---------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 _ANSWER_IS = re.compile(
     r"(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:(?:final|correct|right|best) )?(?:answer|option|choice)"
     r"(?: is\b ?:?| ?:) ?",
     re.IGNORECASE,
 )
-# "A" is an article only before a word: in "A", "A B", "A, B", "A = 5" and "A and B" it is a name.
+# "A" is an article only before a word: in "A", "A B", "A 4", "A = 5" and "A and B" it is a name.
 _ARTICLE = re.compile(r"the (?=.)|an? (?!(?:and|or|is|to)\b)(?=[^\W\d_]{2})", re.IGNORECASE)
 # Not the point of .5, the comma of ,5 or the dots of ...5.
 _LEADING = re.compile(r"(?:[;:]|,(?! ?[0-9])|\.+(?!\.| ?[0-9])) ?")
@@ -211,7 +233,7 @@ def _unwrap(text: str) -> str:
 
 def _strip_end(text: str) -> str:
     core = text.rstrip(" .,;:!?")
-    end = text[len(core) :]
+    end = text[len(core) :].lstrip()
     if end.startswith("!") and re.search(r"(?:[0-9)\]}]|\b[A-Za-z])$", core):
         return core + "!" * (len(end) - len(end.lstrip("!")))  # a factorial
     if ".." in end and core[-1:].isdigit():
@@ -236,14 +258,14 @@ def _strip_pair(text: str) -> str:
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # What an answer can be. Each reader returns the canonical form, or None for a text of another kind.
-# ---------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 _OPTION = re.compile(r"(?:(?i:option|choice) )?[(\[]?([A-Za-z])[)\]]?")
 _NUMBER_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
-    " nineteen twenty"
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+    " eighteen nineteen twenty"
 ).split()
 _CURRENCIES = "$€£¥₹₩"
 _QUANTITY = re.compile(
@@ -270,7 +292,7 @@ def _option(text: str) -> str | None:
 
 
 def _quantity(text: str) -> str | None:
-    """`[-][currency]number[%| unit]`, the number a decimal or, where no decimal is exact, a fraction in lowest terms."""
+    """`[-][currency]number[%| unit]`, a fraction in lowest terms where no decimal is exact."""
     word, space, rest = text.partition(" ")
     if word.lower() in _NUMBER_WORDS:
         text = f"{_NUMBER_WORDS.index(word.lower())}{space}{rest}"
@@ -345,14 +367,14 @@ def _tuple(text: str) -> str | None:
     return None if None in quantities else match[1] + ", ".join(quantities) + match[3]
 
 
-# Words whose case says nothing behind a number: Years, YEARS, PM; but Hz, MB and, since mega is not milli and peta not pico,
-# Mbps, Mohm and Pmol keep theirs.
+# Words whose case says nothing behind a number: Years, YEARS, PM; but Hz, MB and, since mega is not milli and peta not
+# pico, Mbps, Mohm and Pmol keep theirs.
 _CASELESS_WORD = re.compile(
     r"\b(?:[AP]M|[A-Z]{5,}|(?!M(?:ohm|amp|[^aeiouy])|P(?:ohm|amp|[^aeiouyhlrs]))[A-Z][a-z]{2,})\b"
 )
 _STANDALONE_DIGIT = re.compile(r"(?<![^\W_])[0-9]")
-# Spacing that says nothing: around a comma with no number behind it, and on both sides of an operator ("5 -3" may be two
-# numbers, and "blue - green" is not the colour blue-green).
+# Spacing that says nothing: around a comma with no number behind it, and on both sides of an operator ("5 -3" may be
+# two numbers, and "blue - green" is not the colour blue-green).
 _FREE_COMMA = re.compile(r" ?,(?! ?[0-9]) ?")
 _OPERATOR = re.compile(r"(?<=\S) ([=<>+/×·÷]) (?=\S)|(?<=[0-9%]) ([-:]) (?=[0-9])")
 

@@ -66,7 +66,7 @@ class EvoLMMConfig(GRPOConfig):
             mean over the answers to the question; for the proposer, over the questions of the rollout.
         baseline_momentum (`float`, *optional*, defaults to `0.9`):
             Share of the old moving average that is kept (EvoLMM: 0.9).
-        agreement_band (`tuple[float, float]`, *optional*):
+        agreement_band (`list[float]`, *optional*):
             Train the solver only on questions whose agreement is within these bounds, both included. `None`: on all.
         proposer_update_every (`int`, *optional*, defaults to `5`):
             Solver steps between two proposer steps (EvoLMM: 5).
@@ -179,13 +179,9 @@ class EvoLMMConfig(GRPOConfig):
         metadata={"help": "What a reward is compared with.", "choices": ["ema", "group"]},
     )
     baseline_momentum: float = field(default=0.9, metadata={"help": "Share of the old moving average that is kept."})
-    agreement_band: tuple[float, float] | None = field(
+    agreement_band: list[float] | None = field(
         default=None,
-        metadata={
-            "help": "Train the solver only on questions whose agreement is within these two bounds.",
-            "nargs": 2,
-            "type": float,
-        },
+        metadata={"help": "Train the solver only on questions whose agreement is within these two bounds."},
     )
 
     # Roles
@@ -220,6 +216,13 @@ class EvoLMMConfig(GRPOConfig):
         if self.bf16 is None:
             # TRL's default is bf16 everywhere, which fails on a machine without a GPU unless use_cpu is set
             self.bf16 = not self.fp16 and (torch.cuda.is_available() or torch.xpu.is_available())
+        if (self.per_device_train_batch_size * self.gradient_accumulation_steps) % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size ({self.per_device_train_batch_size}) times gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps}) must be a multiple of num_generations ({self.num_generations}), so "
+                "that every process holds all answers to each of its questions. "
+                f"Set per_device_train_batch_size={self.num_generations}, or leave it unset."
+            )
         super().__post_init__()
         self._check()
 
@@ -235,13 +238,6 @@ class EvoLMMConfig(GRPOConfig):
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}: every rollout is trained on in exactly "
                 "one optimizer step. Leave `num_iterations`, `steps_per_generation` and `generation_batch_size` unset and "
                 "choose the images per step with `gradient_accumulation_steps`."
-            )
-        if (self.per_device_train_batch_size * self.gradient_accumulation_steps) % self.num_generations:
-            raise ValueError(
-                f"per_device_train_batch_size ({self.per_device_train_batch_size}) times gradient_accumulation_steps "
-                f"({self.gradient_accumulation_steps}) must be a multiple of num_generations ({self.num_generations}), so "
-                "that every process holds all answers to each of its questions. "
-                f"Set per_device_train_batch_size={self.num_generations}, or leave it unset."
             )
         if self.scale_rewards != "none":
             raise ValueError(
@@ -260,11 +256,20 @@ class EvoLMMConfig(GRPOConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; expected one of {allowed}.")
-        if self.extra_votes < 0:
-            raise ValueError(f"extra_votes={self.extra_votes}; expected 0 or more.")
+        for name, expected, holds in (
+            ("extra_votes", "0 or more", self.extra_votes >= 0),
+            ("max_question_length", "1 or more", self.max_question_length >= 1),
+            ("solver_gamma", "above 0 and at most 1", 0 < self.solver_gamma <= 1),
+            ("length_target", "1 or more", self.length_target >= 1),
+            ("proposer_entropy_std", "above 0", self.proposer_entropy_std is None or self.proposer_entropy_std > 0),
+            ("baseline_momentum", "0 or more and below 1", 0 <= self.baseline_momentum < 1),
+            ("proposer_update_every", "1 or more", self.proposer_update_every >= 1),
+        ):
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)}; expected {expected}.")
         if self.agreement_band is not None:
-            low, high = self.agreement_band
-            if not 0 <= low <= high <= 1:
+            band = list(self.agreement_band)
+            if len(band) != 2 or not 0 <= band[0] <= band[1] <= 1:
                 raise ValueError(f"agreement_band={self.agreement_band}; expected two shares, 0 <= low <= high <= 1.")
         if self.baseline == "group" and self.train_proposer and self.images_per_step < 2:
             raise ValueError(
@@ -275,6 +280,10 @@ class EvoLMMConfig(GRPOConfig):
             raise ValueError(
                 f"beta={self.beta} and proposer_beta={self.proposer_beta}: either both roles have a reference model or "
                 "neither has. Use a small value instead of 0."
+            )
+        if isinstance(self.prompts, str):
+            raise ValueError(
+                f'prompts={self.prompts!r}; expected a JSON object, such as \'{{"system": "Be brief."}}\'.'
             )
         RolePrompts.from_dict(self.prompts)  # fails here rather than at the first rollout
 

@@ -179,7 +179,8 @@ def _image_names(folder: Path, include: list[str] | None) -> list[str]:
 
 
 def _subfolders(folder: Path, include: list[str]) -> list[Path]:
-    available = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    _, visible, _ = next(_walk_visible(folder))
+    available = sorted(name for name in visible if not (folder / name).is_symlink())
     unknown = sorted(set(include) - set(available))
     if unknown:
         raise ValueError(

@@ -158,6 +158,8 @@ class RolloutLog:
         self._started = size > 0
 
     def write(self, records: Sequence[dict]) -> None:
+        # First of all, since a record that JSON cannot hold raises here
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
         if not self._started:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
@@ -166,6 +168,5 @@ class RolloutLog:
                     number += 1
                 self.path.rename(old)
             self._started = True
-        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
         with open(self.path, "ab") as file:
             file.write(lines.encode("ascii"))

@@ -35,11 +35,14 @@ _SOLVER_PROMPT = (
 )
 _DEFAULT_QUESTION = "What is the most prominent thing in this image?"
 
-_QUESTION = re.compile(r"<question>(.*?)</question>", re.DOTALL | re.IGNORECASE)
+_OPEN_QUESTION = re.compile(r"<question>", re.IGNORECASE)
+_CLOSE_QUESTION = re.compile(r"</question>", re.IGNORECASE)
 _OPEN_ANSWER = re.compile(r"<answer>", re.IGNORECASE)
 _CLOSE_ANSWER = re.compile(r"</answer>", re.IGNORECASE)
 _TAG = re.compile(r"</?(?:question|answer)>", re.IGNORECASE)
 _CHAT_MARK = re.compile(r"<\|[^<>|]*\|>")
+# Marks nested deeper than this in a question were put there on purpose.
+_MAX_NESTED_MARKS = 10
 
 
 @dataclass(frozen=True)
@@ -144,23 +147,38 @@ def read_question(completion: str, default_question: str, special_tokens: Iterab
     Returns:
         [`Question`]
     """
-    found = _QUESTION.findall(completion)
+    found = _complete_questions(completion)
     text = found[0] if found else completion
     clean = _without_marks(text, special_tokens)
     well_formed = len(found) == 1 and bool(clean) and clean == " ".join(text.split())
     return Question(text=clean or default_question, well_formed=well_formed)
 
 
+def _complete_questions(completion: str) -> list[str]:
+    # A lazy pattern would search the rest of the text again from every tag that is never closed
+    texts, end = [], 0
+    while (opening := _OPEN_QUESTION.search(completion, end)) is not None:
+        closing = _CLOSE_QUESTION.search(completion, opening.end())
+        if closing is None:
+            break
+        texts.append(completion[opening.end() : closing.start()])
+        end = closing.end()
+    return texts
+
+
 def _without_marks(text: str, special_tokens: Iterable[str]) -> str:
     special_tokens = [token for token in special_tokens if token]
-    # Taking out one mark can join the halves of another, so go on until nothing changes. Each pass shortens the text.
-    while True:
+    text = " ".join(text.split())
+    # Taking out one mark can join the halves of another, so go on until nothing changes
+    for _ in range(_MAX_NESTED_MARKS):
         shorter = _TAG.sub(" ", _CHAT_MARK.sub(" ", text))
         for token in special_tokens:
             shorter = shorter.replace(token, " ")
+        shorter = " ".join(shorter.split())
         if shorter == text:
-            return " ".join(text.split())
+            return text
         text = shorter
+    return ""
 
 
 def read_answer(completion: str) -> Answer:
@@ -178,7 +196,9 @@ def read_answer(completion: str) -> Answer:
     openings = list(_OPEN_ANSWER.finditer(completion, 0, closings[-1].start())) if closings else []
     if not openings:
         return Answer(text=None, words_before=len(completion.split()))
+    opening = openings[-1]
+    closing = next(closing for closing in closings if closing.start() >= opening.end())
     return Answer(
-        text=completion[openings[-1].end() : closings[-1].start()],
-        words_before=len(completion[: openings[-1].start()].split()),
+        text=completion[opening.end() : closing.start()],
+        words_before=len(completion[: opening.start()].split()),
     )

@@ -439,7 +439,7 @@ class EvoLMMTrainer(GRPOTrainer):
         """One question per image."""
         conversations = [self.prompts.proposer_messages()] * len(rows)
         prompts = self._encode(conversations, rows)
-        seeds = [self._seed(PROPOSER, row, 0) for row in rows]
+        seeds = self._seeds(PROPOSER, rows, 1)
         ids = self._generate_role(PROPOSER, prompts, seeds)
         texts = self._decode(ids)
         questions = [
@@ -454,7 +454,7 @@ class EvoLMMTrainer(GRPOTrainer):
         votes = self.args.num_votes
         conversations = [self.prompts.solver_messages(question.text) for question in questions]
         prompts = self._encode(conversations, rows)
-        seeds = [self._seed(SOLVER, row, n) for row in rows for n in range(votes)]
+        seeds = self._seeds(SOLVER, rows, votes)
         ids = self._generate_role(SOLVER, [prompt for prompt in prompts for _ in range(votes)], seeds)
         texts = self._decode(ids)
         groups = [slice(i * votes, (i + 1) * votes) for i in range(len(rows))]
@@ -657,8 +657,11 @@ class EvoLMMTrainer(GRPOTrainer):
     def _decode(self, ids: list[list[int]]) -> list[str]:
         return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    def _seed(self, role: str, row: dict, n: int) -> int:
-        return sample_seed(self.args.seed, self.state.global_step, role, row["image_id"], n)
+    def _seeds(self, role: str, rows: list[dict], samples: int) -> list[int]:
+        """One seed per image and sample, the same however the images are spread over processes."""
+        first = self.accelerator.process_index * len(rows)  # the rows' place in the rollout of all processes
+        key = (self.args.seed, self.state.global_step, role)
+        return [sample_seed(*key, first + i, row["image_id"], n) for i, row in enumerate(rows) for n in range(samples)]
 
     def _generation_config(self, role: str) -> GenerationConfig:
         config = GenerationConfig.from_dict(self.generation_config.to_dict())

@@ -57,13 +57,16 @@ class SeededSampling(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         # scores: (rows, vocabulary)
-        cumulative = scores.float().softmax(-1).cumsum(-1)
-        total = cumulative[:, -1:]
+        probabilities = scores.float().softmax(-1)
+        # A parallel cumulative sum may rise where nothing is added (https://github.com/pytorch/pytorch/issues/21780):
+        # tokens of probability 0 are kept out by their probability, not by their sum
+        cumulative = probabilities.cumsum(-1).masked_fill(probabilities == 0, 0.0)
+        total = cumulative.amax(-1, keepdim=True)
         thresholds = self.uniforms[:, self.position, None].to(scores.device) * total
         self.position += 1
-        # Strictly below the total, so that the token found has a probability above 0
+        # Strictly below the total, so that there is always a token above the threshold
         thresholds = torch.minimum(thresholds, torch.nextafter(total, torch.zeros_like(total)))
-        tokens = torch.searchsorted(cumulative, thresholds, right=True)
+        tokens = (cumulative > thresholds).int().argmax(-1, keepdim=True)  # the first one
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
 
 
