@@ -35,11 +35,17 @@ SAME = {
     "sharp s": ["Straße", "STRASSE"],
     "leading article": ["cat", "a cat", "A cat", "The cat", "the  cat."],
     "an before a vowel": ["an apple", "apple"],
-    "quotes and punctuation": ["blue", '"Blue"', "“blue”", "'blue.'", "«blue»", "blue!", "blue,", ": blue", "(blue)", "`blue`"],
+    "quotes and punctuation": [
+        "blue", '"Blue"', "“blue”", "'blue.'", "«blue»", "blue!", "blue,", ": blue", "(blue)",
+        "`blue`",
+    ],
     "white space": ["dark blue", " dark\tblue\n", "dark\u00a0blue", "dark\u2003blue", "dark\x00blue"],
     "marks that do not show": ["blue", "\u200eblue\u200f", "bl\u200bue", "\ufeffblue"],
     "Markdown": ["5", "**5**", "*5*", "`5`", "__5__", "**Answer:** 5", "**Answer: 5**", "The answer is **5**."],
-    "the answer is": ["5", "Answer: 5", "the answer is 5", "So, the final answer is: $5$.", "The correct answer is \\(5\\)"],
+    "the answer is": [
+        "5", "Answer: 5", "the answer is 5", "So, the final answer is: $5$.",
+        "The correct answer is \\(5\\)",
+    ],
     "the answer is below zero": ["-5", "The answer is -5.", "Answer: −5"],
     "trailing zeros and point": ["12", "12.0", "12.", "12.00", "12.000 "],
     "leading zeros": ["12", "012", "0012.0"],
@@ -52,12 +58,18 @@ SAME = {
     "digits of other scripts": ["2015", "２０１５", "٢٠١٥", "२०१५"],
     "number words": ["20", "twenty", "Twenty.", "TWENTY"],
     "number words with a unit": ["5 dogs", "five dogs", "Five Dogs"],
-    "a half": ["1/2", "0.5", "½", "2/4", ".5", "\\frac{1}{2}", "\\dfrac{1}{2}", "\\tfrac12", "\\frac{2}{4}", "1 / 2", "1∕2"],
+    "a half": [
+        "1/2", "0.5", "½", "2/4", ".5", "\\frac{1}{2}", "\\dfrac{1}{2}", "\\tfrac12", "\\frac{2}{4}", "1 / 2",
+        "1∕2",
+    ],
     "a third": ["1/3", "2/6", "⅓", "\\frac{1}{3}", "$\\frac{ 3 }{ 9 }$"],
     "below zero": ["-0.5", "-1/2", "-½", "-\\frac{1}{2}", "\\frac{-1}{2}", "\\frac{1}{-2}"],
     "mixed numbers": ["1.5", "1 1/2", "1½", "1 ½", "1\\frac{1}{2}", "3/2"],
     "whole fractions": ["2", "4/2", "\\frac{10}{5}"],
-    "scientific": ["1500", "1.5e3", "1.5E+3", "1.5 \\times 10^3", "1.5×10³", "1.5 x 10^{3}", "1.5·10^3", "1.5 \\cdot 10^3"],
+    "scientific": [
+        "1500", "1.5e3", "1.5E+3", "1.5 \\times 10^3", "1.5×10³", "1.5 x 10^{3}", "1.5·10^3",
+        "1.5 \\cdot 10^3",
+    ],
     "small scientific": ["0.0015", "1.5e-3", "1.5×10⁻³", "1.5 \\times 10^{-3}"],
     "powers of ten": ["100", "10^2", "10²", "10^{2}"],
     "huge exponents": ["1e999999999", "10e999999998", "0.1e1000000000", "10^999999999"],
@@ -78,10 +90,16 @@ SAME = {
     "lists of quantities": ["50%, 5 cm", "50 percent, 5cm"],
     "tuples": ["(3, 5)", "(3,5)", "(3.0, 5)", "\\left(3, 5\\right)"],
     "lists of words": ["red, blue", "Red,Blue", "red , blue"],
-    "option letters": ["B", "b", "(B)", "B.", "B)", "[B]", "Option B", "option (B)", "**B**", "B:", "\\boxed{B}", "\\text{(B)}"],
+    "option letters": [
+        "B", "b", "(B)", "B.", "B)", "[B]", "Option B", "option (B)", "**B**", "B:", "\\boxed{B}",
+        "\\text{(B)}",
+    ],
     "option a": ["A", "a", "(A)", "A.", "a)", "Option A", "Ⓐ", "⒜"],
     "yes": ["yes", "Yes.", "YES!", " yes "],
-    "boxes": ["5", "\\boxed{5}", "$\\boxed{5}$", "\\boxed{\\text{5}}", "\\boxed{\\boxed{5}}", "\\fbox{ 5 }", "\\underline{5}", "$$5$$", "\\[5\\]"],
+    "boxes": [
+        "5", "\\boxed{5}", "$\\boxed{5}$", "\\boxed{\\text{5}}", "\\boxed{\\boxed{5}}", "\\fbox{ 5 }",
+        "\\underline{5}", "$$5$$", "\\[5\\]",
+    ],
     "box around a fraction": ["0.5", "\\boxed{\\frac{1}{2}}", "$\\boxed{\\dfrac{1}{2}}$"],
     "fraction of expressions": ["(x+1)/2", "\\frac{x+1}{2}", "\\boxed{\\frac{x+1}{2}}"],
     "roots": ["5√2", "5\\sqrt{2}", "$5\\sqrt{2}$"],
@@ -211,56 +229,11 @@ def test_the_canonical_form_is_plain_to_read(text, expected):
 
 FRAGMENTS = [
     *"0123579ABxemK.,;:!?+-−–*/^_%$€°'\"`~|<=>()[]{}\\ ½²₂①㎡ßİΐſŉﷺ",
-    *[
-        "\u00a0",
-        "\u2009",
-        "\u200f",
-        "\x00",
-        "\ud800",
-        "\u0301",
-        "...",
-        "''",
-        "**",
-        "$$",
-        "234",
-        "1,234",
-        "e9",
-        "10^",
-        "×10^",
-    ],
-    *[
-        "\\boxed{",
-        "\\frac{",
-        "\\frac12",
-        "\\text{",
-        "\\sqrt{",
-        "}{",
-        "\\{",
-        "\\}",
-        "\\$",
-        "\\%",
-        "\\,",
-        "\\!",
-        "\\ ",
-        "\\(",
-    ],
-    *[
-        "\\)",
-        "\\circ",
-        "\\times",
-        "\\left(",
-        "{,}",
-        "a ",
-        "an ",
-        "The ",
-        "Answer: ",
-        "answer is ",
-        "option ",
-        " and ",
-        "cm",
-    ],
-    *["MW", "PM", "Years", " percent", "degrees", "five", "Twenty", "zero "],
-]
+    "\u00a0", "\u2009", "\u200f", "\x00", "\ud800", "\u0301", "...", "''", "**", "$$", "234", "1,234", "e9", "10^",
+    "×10^", "\\boxed{", "\\frac{", "\\frac12", "\\text{", "\\sqrt{", "}{", "\\{", "\\}", "\\$", "\\%", "\\,",
+    "\\!", "\\ ", "\\(", "\\)", "\\circ", "\\times", "\\left(", "{,}", "a ", "an ", "The ", "Answer: ",
+    "answer is ", "option ", " and ", "cm", "MW", "PM", "Years", " percent", "degrees", "five", "Twenty", "zero ",
+]  # fmt: skip
 junk = st.text() | st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join)
 
 integers = st.integers(-(10**12), 10**12)
@@ -271,8 +244,11 @@ fractions = st.builds("{}/{}".format, integers, st.integers(1, 999)) | st.builds
 numbers = integers.map(str) | integers.map("{:,}".format) | decimals | fractions
 numbers |= st.builds("{}e{}".format, decimals, st.integers(-(10**9), 10**9))
 quantities = st.builds(
-    "{}{}{}".format, st.sampled_from(["", "$", "€", "-", "+"]), numbers, st.sampled_from(["", "%", " cm", "MB", "°", "'", " Years"])
-)  # fmt: skip
+    "{}{}{}".format,
+    st.sampled_from(["", "$", "€", "-", "+"]),
+    numbers,
+    st.sampled_from(["", "%", " cm", "MB", "°", "'", " Years"]),
+)
 options = st.builds(
     "{}{}{}".format, st.sampled_from(["", "(", "Option "]), st.sampled_from("ABab"), st.sampled_from(["", ")", "."])
 )
@@ -362,48 +338,10 @@ def test_lists_are_the_same_answer_exactly_in_the_same_order(items, random):
 # ---------------------------------------------------------------------------------------------------------------------
 
 PIECES = [
-    *[
-        "(",
-        "[",
-        "{",
-        "\\boxed{",
-        "\\frac{",
-        "\\frac{1}",
-        "\\text{a}",
-        "^{",
-        "\\",
-        "$",
-        "$a ",
-        "**a",
-        "*",
-        "'",
-        '"',
-        "!",
-        ".",
-        ". ",
-    ],
-    *[
-        "1,",
-        "\u2009234",
-        "1,234",
-        "1\u2009234",
-        "9",
-        "0",
-        "1/2 ",
-        "e9",
-        "- ",
-        "½",
-        "²",
-        "the ",
-        "a ",
-        "A B ",
-        "answer is ",
-        "()",
-        "(a)",
-        " ",
-    ],
-    *["\u0315\u0300", "\u200f", "\x00", "\ud800", "ﷺ"],
-]
+    "(", "[", "{", "\\boxed{", "\\frac{", "\\frac{1}", "\\text{a}", "^{", "\\", "$", "$a ", "**a", "*", "'", '"',
+    "!", ".", ". ", "1,", "\u2009234", "1,234", "1\u2009234", "9", "0", "1/2 ", "e9", "- ", "½", "²", "the ", "a ",
+    "A B ", "answer is ", "()", "(a)", " ", "\u0315\u0300", "\u200f", "\x00", "\ud800", "ﷺ",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("length", [LONGEST_ANSWER, 100_000])

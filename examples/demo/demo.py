@@ -112,7 +112,9 @@ def main() -> None:
     questions = evaluate_proposer(solver, processor, [chart(seed) for seed in TEST_SEEDS[:200]], PROMPTS)
     gains = [b - a for a, b in zip(before["per_question"]["greedy"], after["per_question"]["greedy"], strict=True)]
     gain, error = _mean_and_error(gains)
-    print(f"Greedy accuracy {before['greedy']:.3f} -> {after['greedy']:.3f}: {100 * gain:+.1f} points, standard error {100 * error:.1f}.")
+    print(
+        f"Greedy accuracy {before['greedy']:.3f} -> {after['greedy']:.3f}: {100 * gain:+.1f} points, standard error {100 * error:.1f}."
+    )
     _draw(trainer.state.log_history, output / "curves.png")
     summary = {
         "seconds": round(time.time() - started, 1),

@@ -384,4 +384,4 @@ def _fold_text(text: str) -> str:
     digit = _STANDALONE_DIGIT.search(text)
     start = digit.start() if digit else len(text)
     text = text[:start].casefold() + _CASELESS_WORD.sub(lambda match: match[0].lower(), text[start:])
-    return unicodedata.normalize("NFKC", _FREE_COMMA.sub(", ", _OPERATOR.sub(r"\1\2", text)))
+    return _FREE_COMMA.sub(", ", _OPERATOR.sub(r"\1\2", text))
