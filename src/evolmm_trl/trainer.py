@@ -369,6 +369,13 @@ class EvoLMMTrainer(GRPOTrainer):
     # ------------------------------------------------------------------------------------------------------------
     # One optimizer step: propose, solve, vote, reward, role batch, loss
 
+    def train(self, *args, **kwargs):
+        """Trains as the parent does, and leaves the model as the solver whichever role was trained last."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.roles.activate(SOLVER)
+
     def training_step(self, model, inputs, num_items_in_batch):
         """One micro-batch of one role's step. `inputs` are the image rows of the step's rollout, or nothing."""
         micro_batches = self.args.gradient_accumulation_steps
@@ -381,8 +388,8 @@ class EvoLMMTrainer(GRPOTrainer):
         return loss
 
     def _begin_step(self, rows: list[dict]) -> None:
-        step = self.state.global_step
-        self.role = self.schedule.role(step)
+        self.roles.check()
+        self.role = self.schedule.role(self.state.global_step)
         if self.role == SOLVER:
             samples = self._roll_out(rows)
         else:
@@ -428,12 +435,15 @@ class EvoLMMTrainer(GRPOTrainer):
                 Sample(prompt, torch.tensor(ids), advantage)
                 for prompt, ids, advantage in zip(question_prompts, question_ids, proposer_advantages, strict=True)
             ]
-        return [
-            Sample(answer_prompts[i], torch.tensor(answer_ids[i][n]), solver_advantages[i][n])
+        samples = [
+            [
+                Sample(answer_prompts[i], torch.tensor(answer_ids[i][n]), solver_advantages[i][n])
+                for n in range(args.num_generations)
+            ]
             for i in range(len(rows))
-            if trained[i]
-            for n in range(args.num_generations)
         ]
+        self._spare_sample = samples[0][0]
+        return [sample for group, chosen in zip(samples, trained, strict=True) if chosen for sample in group]
 
     def _propose(self, rows: list[dict]) -> tuple[list[EncodedPrompt], list[list[int]], list[str], list[Question]]:
         """One question per image."""
@@ -527,29 +537,37 @@ class EvoLMMTrainer(GRPOTrainer):
     def _set_step_samples(self, samples: list[Sample]) -> None:
         """The role batch: all samples of the step, over its micro-batches."""
         self._micro_batches = split_evenly(samples, self.args.gradient_accumulation_steps)
+        counted = [sample for sample in samples if self._counts(sample)]
+        # The same on all processes, which must run the same forwards
         local = torch.tensor(
-            [len(samples), sum(s.completion_ids.numel() for s in samples)], device=self.accelerator.device
+            [
+                len(samples),
+                sum(sample.completion_ids.numel() for sample in counted),
+                sum(sample.advantage != 0 for sample in counted),
+            ],
+            device=self.accelerator.device,
         )
-        self._step_rows, self._step_tokens = self.accelerator.reduce(local, reduction="sum").tolist()
+        self._step_rows, self._step_tokens, self._step_advantages = self.accelerator.reduce(
+            local, reduction="sum"
+        ).tolist()
         self._step_kl = 0.0
         if samples:
-            self._any_advantage = any(sample.advantage for sample in samples)
             self._spare_sample = samples[0]
+
+    def _counts(self, sample: Sample) -> bool:
+        """Whether a sample's tokens are trained on: with `mask_truncated_completions`, only if it has ended."""
+        return not self.mask_truncated_completions or sample.completion_ids[-1].item() in self.eos_token_ids
 
     def _prepare_inputs(self, inputs):
         """The padded tensors of the current micro-batch, with the reference's log-probs."""
         samples = self._micro_batches[self._step % self.args.gradient_accumulation_steps]
         # Every process must run as many forwards as the others; one without a sample runs one that does not count
-        counted = len(samples)
+        counts = [self._counts(sample) for sample in samples] or [False]
         samples = samples or [self._spare_sample]
         batch = self._to_device(collate_samples(samples, self._tokenizer.pad_token_id))
-        if not counted:
-            batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
-        if self.mask_truncated_completions:
-            ended = torch.tensor([s.completion_ids[-1].item() in self.eos_token_ids for s in samples])
-            batch["completion_mask"] = batch["completion_mask"] * ended.to(batch["completion_mask"].device)[:, None]
+        batch["completion_mask"] *= torch.tensor(counts, device=self.accelerator.device)[:, None]
         batch["num_items_in_batch"] = torch.tensor(self._step_tokens, device=self.accelerator.device)
-        if self.role not in self._first_step_checked and counted:
+        if self.role not in self._first_step_checked and self._step_tokens:
             self._check_image_reaches_loss(batch)
         if self.kl[self.role].beta != 0.0:
             with self._timed("reference"), torch.no_grad():
@@ -594,11 +612,11 @@ class EvoLMMTrainer(GRPOTrainer):
         role_metrics, self._metrics["train"] = self._metrics["train"], train_metrics
         for name, values in role_metrics.items():
             train_metrics[f"{self.role}/{name}"].extend(values)
-        if self._step_rows == 0:
+        if self._step_tokens == 0:
             return loss
         if self.beta != 0.0:
             tokens = self.accelerator.reduce(inputs["completion_mask"].sum(), reduction="sum").item()
-            self._step_kl += role_metrics["kl"][0] * tokens / max(self._step_tokens, 1)
+            self._step_kl += role_metrics["kl"][0] * tokens / self._step_tokens
         if self.loss_type in _ROW_MEAN_LOSSES:
             rows = inputs["completion_mask"].size(0)
             micro_batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
@@ -607,8 +625,8 @@ class EvoLMMTrainer(GRPOTrainer):
 
     def _end_step(self) -> None:
         self._log_train("time/update", time.perf_counter() - self._update_started)
-        if self._step_rows == 0:
-            # No question within the agreement band: nothing may move, not even by momentum
+        if self._step_tokens == 0:
+            # No question within the agreement band, or no completion that ended: nothing may move, not even by momentum
             self.roles.activate(None)
             return
         self._log_train(f"{self.role}/beta", self.kl[self.role].beta)
@@ -620,7 +638,7 @@ class EvoLMMTrainer(GRPOTrainer):
         value = float(grad_norm)
         self._log_train(f"{self.role}/grad_norm", value)
         self._log_train(f"{self.role}/learning_rate", self._get_learning_rate())
-        if self.role not in self._first_step_checked and self._step_rows and self._any_advantage:
+        if self.role not in self._first_step_checked and self._step_advantages:
             if value == 0.0:
                 raise RuntimeError(
                     f"No gradient reached the {self.role}'s {len(self.roles.parameters(self.role))} trainable tensors "
@@ -638,10 +656,13 @@ class EvoLMMTrainer(GRPOTrainer):
                 f"The batch of the {self.role}'s first step holds no `pixel_values` but {sorted(batch)}: the policy gradient "
                 "would not see the image."
             )
+        # Without dropout, which would make any two forwards differ and shift the random stream of a resumed run
+        self.model.eval()
         other = self._completion_logps(self.model, {**batch, "pixel_values": 1.0 - batch["pixel_values"]})
         seen = self._completion_logps(self.model, batch)
+        self.model.train()
         mask = batch["completion_mask"].bool()
-        if torch.equal(seen[mask], other[mask]):
+        if mask.any() and torch.equal(seen[mask], other[mask]):
             raise RuntimeError(
                 f"The {self.role}'s log-probs do not change with the image: the policy gradient would not see it. Check "
                 "that the chat template places the image and the processor returns it."
@@ -773,8 +794,7 @@ class EvoLMMTrainer(GRPOTrainer):
         Accuracy of the solver on labelled questions: greedy, sampled (mean over N), and of the majority of N; with the
         agreement, entropy and unreadable share of the sampled answers.
         """
-        training = self.model.training
-        self.model.eval()
+        self.model.eval()  # and stays so: GRPOTrainer's log tells the metrics of evaluation from those of training by it
         n = self.num_generations_eval
         scores: list[Scores] = []
         for rows in dataloader:
@@ -795,7 +815,6 @@ class EvoLMMTrainer(GRPOTrainer):
         metrics = Scores.mean(scores)
         if self.state.global_step == 0:
             self._warn_if_vote_not_ahead(scores)
-        self.model.train(training)
         return EvalLoopOutput(
             predictions=None,
             label_ids=None,
@@ -853,8 +872,20 @@ class EvoLMMTrainer(GRPOTrainer):
             # The parent loads one adapter and freezes the other
             load_role_adapters(self.model, resume_from_checkpoint)
             self.roles.check()
-        else:
+        elif self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            # The parent skips, with a warning, every tensor whose name in memory is not the one that is saved, which in
+            # Qwen2.5-VL are all of them
+            saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+            self.model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            # The parent loads one adapter: the best solver beside the last proposer
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
