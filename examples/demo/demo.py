@@ -44,10 +44,10 @@ PROMPTS = json.loads((HERE / "prompts.json").read_text())
 def demo_config(output_dir: str | Path, **changes) -> EvoLMMConfig:
     """The demo's settings; what differs from the defaults for real models is that everything here is a thousand times smaller."""
     settings = {
-        "max_steps": 72,  # 60 rollouts of 16 images, and 12 steps of the proposer
+        "max_steps": 48,  # 40 rollouts of 16 images, and 8 steps of the proposer
         "gradient_accumulation_steps": 1,
         "per_device_train_batch_size": 80,  # 16 images x 5 answers
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 3,
         "weight_decay": 0.0,

@@ -143,7 +143,7 @@ def run_arm(base: str, arm: str, seed: int) -> dict:
     model, processor = load_model(HERE / "models" / base)
     folder = Path(tempfile.mkdtemp(prefix="evolmm-experiment-"))
     if not changes.get("train_proposer", True):
-        changes = {**changes, "max_steps": 60}  # the rollouts that 72 steps of both roles make
+        changes = {**changes, "max_steps": 40}  # the rollouts that 48 steps of both roles make
     images = load_images(make_images(folder / "images", EVOLVE_SEEDS[:1000]), streaming=False)
     trainer = trainer_class(
         model=model,
