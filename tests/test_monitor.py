@@ -241,14 +241,15 @@ from evolmm_trl.monitor import RolloutLog
 
 log = RolloutLog(sys.argv[1])
 for step in range(10**9):
-    log.write([{"step": step, "image": i, "text": "ü" * 3000} for i in range(8)])
+    log.write([{"step": step, "image": i, "text": "ü" * int(sys.argv[2])} for i in range(8)])
     print(step, flush=True)
 """
 
 
-@pytest.mark.parametrize("steps", [1, 20, 100])
-def test_a_run_killed_while_it_writes_leaves_whole_lines_but_perhaps_the_last(path, steps):
-    process = subprocess.Popen([sys.executable, "-c", _WRITE_FOREVER, str(path)], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(("steps", "length"), [(1, 3_000), (20, 3_000), (1, 10), (100, 10)])
+def test_a_run_killed_while_it_writes_leaves_whole_lines_but_perhaps_the_last(path, steps, length):
+    command = [sys.executable, "-c", _WRITE_FOREVER, str(path), str(length)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         for _ in range(steps):
             process.stdout.readline()

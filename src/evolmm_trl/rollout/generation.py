@@ -61,11 +61,9 @@ class SeededSampling(LogitsProcessor):
         # A parallel cumulative sum may rise where nothing is added (https://github.com/pytorch/pytorch/issues/21780):
         # tokens of probability 0 are kept out by their probability, not by their sum
         cumulative = probabilities.cumsum(-1).masked_fill(probabilities == 0, 0.0)
-        total = cumulative.amax(-1, keepdim=True)
-        thresholds = self.uniforms[:, self.position, None].to(scores.device) * total
+        # The numbers drawn are at most 1 - 2**-24, which rounds below the total: some token is always above the threshold
+        thresholds = self.uniforms[:, self.position, None].to(scores.device) * cumulative.amax(-1, keepdim=True)
         self.position += 1
-        # Strictly below the total, so that there is always a token above the threshold
-        thresholds = torch.minimum(thresholds, torch.nextafter(total, torch.zeros_like(total)))
         tokens = (cumulative > thresholds).int().argmax(-1, keepdim=True)  # the first one
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
 

@@ -1,0 +1,278 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_models import tiny_qwen2_5_vl, tiny_qwen3_vl
+from transformers import AutoModelForImageTextToText, BatchFeature, GenerationConfig
+
+from evolmm_trl import RolePrompts, load_processor
+from evolmm_trl.rollout.samples import Sample, collate_prompts, collate_samples, encode_prompts, split_evenly
+from evolmm_trl.state import load_samples, save_samples
+
+
+PAD = 250
+QUESTIONS = ("How many?", "How many red bars are there in the image?", "Which bar is the tallest?", "Why?")
+SIZES = ((60, 60), (90, 60), (30, 60), (84, 84))
+COMPLETIONS = ((70, 71, 72), (80,), (65, 66, 67, 68, 69), (90, 91))
+
+
+@pytest.fixture(scope="module", params=[tiny_qwen2_5_vl, tiny_qwen3_vl], ids=["qwen2_5_vl", "qwen3_vl"])
+def checkpoint(request, tmp_path_factory):
+    path = request.param(tmp_path_factory.mktemp("tiny"))
+    return AutoModelForImageTextToText.from_pretrained(path).eval(), load_processor(path)
+
+
+@pytest.fixture
+def model(checkpoint):
+    return checkpoint[0]
+
+
+@pytest.fixture
+def processor(checkpoint):
+    return checkpoint[1]
+
+
+def noise(size, seed):
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.to(torch.uint8).numpy())
+
+
+def images():
+    return [noise(size, seed) for seed, size in enumerate(SIZES)]
+
+
+def encode(processor, questions=QUESTIONS, pictures=None):
+    conversations = [RolePrompts(solver="{question}").solver_messages(question) for question in questions]
+    return encode_prompts(processor, conversations, images() if pictures is None else pictures)
+
+
+@pytest.fixture
+def samples(processor):
+    """Ragged prompts about images of different sizes, with completions of different lengths."""
+    rows = enumerate(zip(encode(processor), COMPLETIONS, strict=True))
+    return [Sample(prompt, torch.tensor(completion), 0.1 * i - 0.15) for i, (prompt, completion) in rows]
+
+
+def log_probs(model, samples):
+    """The model's log-probs of each sample's completion tokens in one padded batch, as TRL's loss forwards them."""
+    batch = collate_samples(samples, PAD)
+    width = batch["completion_ids"].size(1)
+    inputs = {name: batch[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
+    with torch.no_grad():
+        logits = model(
+            input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            **inputs,
+        ).logits[:, -width - 1 : -1]
+    per_token = logits.log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
+    return [row[mask.bool()] for row, mask in zip(per_token, batch["completion_mask"], strict=True)]
+
+
+def assert_close(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+def assert_equal_prompts(one, other):
+    assert one.input_ids.equal(other.input_ids)
+    assert one.mm_token_type_ids.equal(other.mm_token_type_ids)
+    assert one.image_inputs.keys() == other.image_inputs.keys()
+    for name in one.image_inputs:
+        assert one.image_inputs[name].dtype == other.image_inputs[name].dtype
+        assert one.image_inputs[name].equal(other.image_inputs[name])
+
+
+# Encoding
+
+
+def test_a_row_is_encoded_as_it_is_alone(processor):
+    together = encode(processor)
+    assert len({prompt.input_ids.numel() for prompt in together}) > 2
+    for row, prompt in enumerate(together):
+        (alone,) = encode(processor, QUESTIONS[row : row + 1], images()[row : row + 1])
+        assert_equal_prompts(prompt, alone)
+
+
+def test_a_prompt_holds_its_conversation_and_a_placeholder_per_image_token(processor, model):
+    for question, prompt in zip(QUESTIONS, encode(processor), strict=True):
+        assert question in processor.tokenizer.decode(prompt.input_ids)
+        placeholders = prompt.input_ids == model.config.image_token_id
+        merge = processor.image_processor.merge_size
+        assert placeholders.sum() == prompt.image_inputs["image_grid_thw"].prod() // merge**2 > 0
+        assert prompt.image_inputs["image_grid_thw"].prod() == len(prompt.image_inputs["pixel_values"])
+        assert prompt.mm_token_type_ids.equal(placeholders.to(prompt.mm_token_type_ids.dtype))
+
+
+def test_a_prompt_does_not_keep_the_other_rows_pixels_alive(processor):
+    for prompt in encode(processor):
+        pixels = prompt.image_inputs["pixel_values"]
+        assert pixels.untyped_storage().nbytes() == pixels.numel() * pixels.element_size()
+
+
+@pytest.mark.parametrize("extra", [torch.zeros(9), [1, 2, 3, 4]], ids=["not one row per image", "no tensor"])
+def test_a_processor_with_an_unknown_layout_is_refused(processor, extra):
+    class Unknown(type(processor)):
+        def __call__(self, *args, **kwargs):
+            return BatchFeature({**super().__call__(*args, **kwargs), "tiles": extra})
+
+    unknown = Unknown(processor.image_processor, processor.tokenizer, chat_template=processor.chat_template)
+    with pytest.raises(ValueError, match="Unknown returns 'tiles'.*4 images.*Qwen2.5-VL, Qwen3-VL"):
+        encode(unknown)
+
+
+def test_a_processor_with_one_row_per_image_is_taken_apart_by_rows(processor):
+    class OneRowPerImage(type(processor)):
+        def __call__(self, *args, **kwargs):
+            encoded = dict(super().__call__(*args, **kwargs))
+            del encoded["image_grid_thw"], encoded["mm_token_type_ids"]
+            return BatchFeature({**encoded, "pixel_values": torch.arange(12.0).view(4, 3)})  # as of 4 images
+
+    other = OneRowPerImage(processor.image_processor, processor.tokenizer, chat_template=processor.chat_template)
+    encoded = encode(other)
+    assert [prompt.image_inputs["pixel_values"].tolist() for prompt in encoded] == torch.arange(12.0).view(
+        4, 1, 3
+    ).tolist()
+    batch = collate_prompts(encoded, PAD)
+    assert batch["pixel_values"].equal(torch.arange(12.0).view(4, 3))
+    assert batch.keys() == {"input_ids", "attention_mask", "pixel_values"}
+
+
+# Collating
+
+
+def test_prompts_are_padded_on_the_left(processor):
+    prompts = encode(processor)
+    batch = collate_prompts(prompts, PAD)
+    width = max(prompt.input_ids.numel() for prompt in prompts)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["mm_token_type_ids"].shape == (4, width)
+    for row, prompt in enumerate(prompts):
+        padding = width - prompt.input_ids.numel()
+        assert batch["input_ids"][row].tolist() == [PAD] * padding + prompt.input_ids.tolist()
+        assert batch["attention_mask"][row].tolist() == [0] * padding + [1] * prompt.input_ids.numel()
+        assert batch["mm_token_type_ids"][row].tolist() == [0] * padding + prompt.mm_token_type_ids.tolist()
+
+
+def test_a_collated_batch_is_what_the_processor_makes_of_all_rows(processor):
+    texts = [
+        processor.apply_chat_template(RolePrompts(solver="{question}").solver_messages(q), add_generation_prompt=True)
+        for q in QUESTIONS
+    ]
+    pictures = [[image] for image in images()]
+    expected = processor(text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt")
+    batch = collate_prompts(encode(processor), processor.tokenizer.pad_token_id)
+    assert batch.keys() == expected.keys()
+    assert all(batch[name].equal(expected[name]) for name in batch)
+
+
+def test_samples_are_padded_outwards_with_their_advantages(samples):
+    batch = collate_samples(samples, PAD)
+    prompts = collate_prompts([sample.prompt for sample in samples], PAD)
+    assert batch["prompt_ids"].equal(prompts["input_ids"])
+    assert batch["prompt_mask"].equal(prompts["attention_mask"])
+    for row, completion in enumerate(COMPLETIONS):
+        assert batch["completion_ids"][row].tolist() == [*completion] + [PAD] * (5 - len(completion))
+        assert batch["completion_mask"][row].tolist() == [1] * len(completion) + [0] * (5 - len(completion))
+    assert batch["advantages"].tolist() == pytest.approx([-0.15, -0.05, 0.05, 0.15])
+    assert batch["num_images"] == [1, 1, 1, 1]
+    assert batch["mm_token_type_ids"].equal(
+        torch.cat([prompts["mm_token_type_ids"], torch.zeros(4, 5, dtype=torch.long)], dim=1)
+    )
+    assert batch["pixel_values"].equal(prompts["pixel_values"])
+    assert batch["image_grid_thw"].equal(prompts["image_grid_thw"])
+
+
+# What the model makes of it
+
+
+def test_log_probs_of_a_ragged_batch_are_those_of_its_rows_alone(model, samples):
+    alone = [log_probs(model, [sample])[0] for sample in samples]
+    assert_close(log_probs(model, samples), alone)
+    assert_close(log_probs(model, samples[::-1]), alone[::-1])
+
+
+def test_each_row_sees_its_own_image_and_no_other(model, processor, samples):
+    pictures = images()
+    pictures[1] = noise(SIZES[1], seed=99)
+    changed = encode(processor, pictures=pictures)
+    replaced = [Sample(p, s.completion_ids, s.advantage) for p, s in zip(changed, samples, strict=True)]
+    before, after = log_probs(model, samples), log_probs(model, replaced)
+    assert (before[1] - after[1]).abs().min() > 1e-3
+    assert_close(before[:1] + before[2:], after[:1] + after[2:])
+
+
+def test_log_probs_while_generating_are_those_of_the_loss(model, samples):
+    inputs = collate_prompts([sample.prompt for sample in samples], PAD)
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=PAD, eos_token_id=None)
+    output = model.generate(**inputs, generation_config=config, output_logits=True, return_dict_in_generate=True)
+    generated = output.sequences[:, inputs["input_ids"].size(1) :]
+    logits = torch.stack(output.logits, dim=1)  # (rows, steps, vocabulary)
+    expected = logits.log_softmax(-1).gather(-1, generated[..., None])[..., 0]
+    drawn = [Sample(sample.prompt, row, 0.0) for sample, row in zip(samples, generated, strict=True)]
+    assert_close(log_probs(model, drawn), list(expected))
+
+
+# Splitting
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(), max_size=30), st.integers(1, 12))
+def test_a_split_keeps_all_samples_in_order_in_parts_that_differ_by_at_most_one(samples, parts):
+    split = split_evenly(samples, parts)
+    assert len(split) == parts
+    assert [sample for part in split for sample in part] == samples
+    sizes = [len(part) for part in split]
+    assert max(sizes) - min(sizes) <= 1
+
+
+# Keeping
+
+
+def test_samples_come_back_from_disk_as_they_were(samples, tmp_path):
+    many = samples * 3  # more than ten, whose names begin alike
+    save_samples(many, tmp_path / "samples.safetensors")
+    loaded = load_samples(tmp_path / "samples.safetensors")
+    assert len(loaded) == len(many)
+    for one, other in zip(loaded, many, strict=True):
+        assert_equal_prompts(one.prompt, other.prompt)
+        assert one.completion_ids.dtype == other.completion_ids.dtype
+        assert one.completion_ids.equal(other.completion_ids)
+        assert one.advantage == other.advantage  # to the last bit
+
+
+def test_a_model_gives_loaded_samples_the_same_log_probs(model, samples, tmp_path):
+    save_samples(samples, tmp_path / "samples.safetensors")
+    loaded = load_samples(tmp_path / "samples.safetensors")
+    for one, other in zip(log_probs(model, loaded), log_probs(model, samples), strict=True):
+        assert one.equal(other)
+
+
+def test_samples_without_token_types_or_with_shared_and_transposed_tensors_come_back_too(samples, tmp_path):
+    shared = torch.arange(6.0).view(2, 3).T
+    prompt = type(samples[0].prompt)(samples[0].prompt.input_ids[2:5], None, {"one": shared, "two": shared})
+    save_samples([Sample(prompt, torch.tensor([7]), 1 / 3)], tmp_path / "samples.safetensors")
+    (loaded,) = load_samples(tmp_path / "samples.safetensors")
+    assert loaded.prompt.input_ids.equal(prompt.input_ids)
+    assert loaded.prompt.mm_token_type_ids is None
+    assert loaded.prompt.image_inputs.keys() == {"one", "two"}
+    assert loaded.prompt.image_inputs["two"].equal(shared)
+
+
+def test_no_samples_come_back_as_none(tmp_path):
+    save_samples([], tmp_path / "samples.safetensors")
+    assert load_samples(tmp_path / "samples.safetensors") == []
