@@ -1,0 +1,38 @@
+PYTHON ?= python3
+PY := .venv/bin/python
+BASES := room narrow noisy
+
+.PHONY: venv demo demo-model experiments test lint format
+
+venv: .venv/.installed
+
+# torch alone and first: whatever else asks for it then finds the pinned one and pulls no other build.
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -c constraints.txt torch==2.13.0
+	$(PY) -m pip install -c constraints.txt -e '.[demo,test,dev]'
+	touch $@
+
+demo: venv
+	OMP_NUM_THREADS=2 $(PY) examples/demo/demo.py --output_dir runs/demo
+
+# The demo's base models are in the repository; this makes them anew.
+demo-model: venv $(BASES:%=demo-model-%)
+
+.PHONY: $(BASES:%=demo-model-%)
+$(BASES:%=demo-model-%): demo-model-%: venv
+	$(PY) examples/demo/make_demo_model.py --base $* --output examples/demo/models/$*
+
+experiments: venv
+	OMP_NUM_THREADS=1 $(PY) examples/demo/experiments.py run
+
+test: venv
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+lint: venv
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+
+format: venv
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
