@@ -47,10 +47,12 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 base = AutoModelForImageTextToText.from_pretrained("{base}")
-solver = PeftModel.from_pretrained(base, "{model}")
+model = PeftModel.from_pretrained(base, "{model}")  # the solver
 {proposer}```"""
-_PROPOSER_HOW_TO = """# the proposer, which asks the questions, is in the subfolder "proposer"
-proposer = PeftModel.from_pretrained(base, "{model}", subfolder="proposer")
+_PROPOSER_HOW_TO = """
+# the proposer, which asks the questions, is in the subfolder "proposer"
+model.load_adapter("{model}", adapter_name="proposer", subfolder="proposer")
+model.set_adapter("proposer")
 """
 _WEIGHTS_HOW_TO = """```python
 from transformers import AutoModelForImageTextToText

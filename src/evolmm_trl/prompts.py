@@ -149,7 +149,7 @@ def read_question(completion: str, default_question: str, special_tokens: Iterab
     """
     found = _complete_questions(completion)
     text = found[0] if found else completion
-    clean = _without_marks(text, special_tokens)
+    clean = without_marks(text, special_tokens)
     well_formed = len(found) == 1 and bool(clean) and clean == " ".join(text.split())
     return Question(text=clean or default_question, well_formed=well_formed)
 
@@ -166,7 +166,8 @@ def _complete_questions(completion: str) -> list[str]:
     return texts
 
 
-def _without_marks(text: str, special_tokens: Iterable[str]) -> str:
+def without_marks(text: str, special_tokens: Iterable[str]) -> str:
+    """Takes everything out of a stranger's text that a tokenizer would read as a special token, and the roles' tags."""
     special_tokens = [token for token in special_tokens if token]
     text = " ".join(text.split())
     # Taking out one mark can join the halves of another, so go on until nothing changes

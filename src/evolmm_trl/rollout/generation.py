@@ -91,8 +91,9 @@ def generate(
     Returns:
         `list[list[int]]`: per row the token ids as generated, up to and with the first end token.
     """
-    config = GenerationConfig.from_dict({**generation_config.to_dict(), "do_sample": False, "temperature": None})
-    config.top_p = config.top_k = config.min_p = None
+    # What only sampling reads is applied below, before the draw
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
+    config = GenerationConfig.from_dict({**generation_config.to_dict(), **greedy})
     processors = LogitsProcessorList()
     if seeds is not None:
         if generation_config.temperature != 1.0:
