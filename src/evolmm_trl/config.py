@@ -20,8 +20,8 @@ from trl import GRPOConfig
 from .prompts import RolePrompts
 
 
-# Steps of a run over a stream, whose length nobody knows (EvoLMM: 6,000).
-DEFAULT_STREAM_STEPS = 6000
+# Rollouts of a run over a stream, whose length nobody knows (EvoLMM: 6,000 solver steps).
+DEFAULT_STREAM_ROLLOUTS = 6000
 
 
 @dataclass

@@ -27,8 +27,6 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
     BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
@@ -41,14 +39,14 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
 from .answers import canonical_answer
-from .config import DEFAULT_STREAM_STEPS, EvoLMMConfig
+from .config import DEFAULT_STREAM_ROLLOUTS, EvoLMMConfig
 from .data import ReadableImages, ReadableImageStream
 from .evaluation import Scores, score_answers
 from .kl import AdaptiveKL
 from .model_card import write_model_card
 from .monitor import Rollout, RolloutLog, rollout_metrics
 from .processing import load_processor
-from .prompts import Question, read_answer, read_question
+from .prompts import Question, read_answer, read_question, without_marks
 from .rewards import (
     PROPOSER_ENTROPY_MEAN,
     PROPOSER_ENTROPY_STD,
@@ -64,10 +62,11 @@ from .role_adapters import (
     RoleAdapters,
     add_role_adapter,
     check_adapted_modules,
+    keep_adapters_precise,
     load_role_adapters,
     role_lora_configs,
     role_optimizer,
-    vision_tower,
+    vision_tower_name,
 )
 from .rollout.generation import generate, sample_seed
 from .rollout.samples import (
@@ -181,10 +180,15 @@ class EvoLMMTrainer(GRPOTrainer):
         if train_dataset is None:
             raise ValueError("`train_dataset` is missing; pass a dataset with a column 'image'.")
         if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
-            args.max_steps = DEFAULT_STREAM_STEPS
-            logger.warning("The length of a stream is not known, so `max_steps` is set to %d.", DEFAULT_STREAM_STEPS)
+            schedule = RoleSchedule(args.proposer_update_every, args.train_proposer)
+            args.max_steps = schedule.steps_for_rollouts(DEFAULT_STREAM_ROLLOUTS)
+            logger.warning(
+                "The length of a stream is not known, so `max_steps` is set to %d, which makes %d rollouts.",
+                args.max_steps,
+                DEFAULT_STREAM_ROLLOUTS,
+            )
         self._check_optimizer_argument(optimizers[0], model, peft_config, args)
-        tower_name = _vision_tower_name(model, args)
+        tower_name = vision_tower_name(model, args.trust_remote_code, (args.model_init_kwargs or {}).get("revision"))
         lora_configs = None
         if peft_config is not None:
             excluded = tower_name if args.freeze_vision_tower else None
@@ -227,12 +231,13 @@ class EvoLMMTrainer(GRPOTrainer):
         self.rollout_log = RolloutLog(Path(args.output_dir) / "rollouts.jsonl")
         self._pending_questions: list[Sample] = []  # asked since the proposer's last step
         self._micro_batches: list[list[Sample]] = []  # of the current optimizer step
+        self._step_seconds: defaultdict[str, float] = defaultdict(float)  # of the current optimizer step, by stage
         self._first_step_checked: set[str] = set()
         if eval_dataset is not None:
             # The untrained model's scores: what later ones are compared with, and whether the vote is ahead of greedy
             args.eval_on_start = True
         if self.accelerator.is_main_process:
-            print(self._describe_parameters())
+            print(self.roles.describe(self.args.freeze_vision_tower))
 
     # ------------------------------------------------------------------------------------------------------------
     # Setting up
@@ -255,6 +260,7 @@ class EvoLMMTrainer(GRPOTrainer):
             if "ref" in model.peft_config:
                 # TRL's copy of a pretrained adapter; the reference here is the base
                 model.delete_adapter("ref")
+            keep_adapters_precise(model)
             if lora_configs is not None and separate:
                 # TRL has just seeded the processes differently; adapters must start equal on all of them
                 set_seed(self.args.seed + 1)
@@ -283,18 +289,6 @@ class EvoLMMTrainer(GRPOTrainer):
             min_beta=min(beta, args.beta_max) if args.beta_min is None else args.beta_min,
             max_beta=args.beta_max,
         )
-
-    def _describe_parameters(self) -> str:
-        total = sum(parameter.numel() for parameter in self.model.parameters())
-        lines = [f"Trainable parameters of {total:,}:"]
-        for role in ROLES:
-            parameters = self.roles.parameters(role)
-            modules = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in parameters if ".lora_" in name})
-            where = f"LoRA on {', '.join(modules)}" if modules else "all weights"
-            lines.append(f"  {role}: {sum(p.numel() for p in parameters.values()):,} ({where})")
-        shared = "" if self.roles.separate else " Both roles train the same weights."
-        tower = "frozen" if self.args.freeze_vision_tower else "trainable"
-        return "\n".join(lines) + f"\n  vision tower: {tower}.{shared}"
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
@@ -383,6 +377,9 @@ class EvoLMMTrainer(GRPOTrainer):
             self._begin_step(inputs)
         self.roles.activate(self.role)  # stays until after the backward, which may recompute the forward
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()  # for the timing; the parent reads the loss next, and waits too
+        self._step_seconds["update"] += time.perf_counter() - self._update_started
         if self._step % micro_batches == 0:  # the parent has counted this micro-batch
             self._end_step()
         return loss
@@ -404,7 +401,7 @@ class EvoLMMTrainer(GRPOTrainer):
         with self._timed("solve"):
             answer_prompts, answer_ids, completions = self._solve(rows, questions)
         answers = [[read_answer(text) for text in group] for group in completions]
-        votes = [vote([_canonical(answer) for answer in group]) for group in answers]
+        votes = [vote([canonical_answer(answer.text) for answer in group]) for group in answers]
         solver, proposer = self._rewards(questions, answers, votes)
         solver = self._add_reward_funcs(solver, rows, questions, completions, answer_ids)
         solver_advantages = self._advantages(SOLVER, solver)
@@ -610,13 +607,14 @@ class EvoLMMTrainer(GRPOTrainer):
         train_metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         role_metrics, self._metrics["train"] = self._metrics["train"], train_metrics
+        kl = role_metrics.pop("kl", [0.0])[0]  # of this micro-batch; the step's is logged at its end
         for name, values in role_metrics.items():
             train_metrics[f"{self.role}/{name}"].extend(values)
         if self._step_tokens == 0:
             return loss
         if self.beta != 0.0:
             tokens = self.accelerator.reduce(inputs["completion_mask"].sum(), reduction="sum").item()
-            self._step_kl += role_metrics["kl"][0] * tokens / self._step_tokens
+            self._step_kl += kl * tokens / self._step_tokens
         if self.loss_type in _ROW_MEAN_LOSSES:
             rows = inputs["completion_mask"].size(0)
             micro_batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
@@ -624,13 +622,16 @@ class EvoLMMTrainer(GRPOTrainer):
         return loss
 
     def _end_step(self) -> None:
-        self._log_train("time/update", time.perf_counter() - self._update_started)
+        for name, seconds in self._step_seconds.items():
+            self._log_train(f"time/{name}", seconds)
+        self._step_seconds.clear()
         if self._step_tokens == 0:
             # No question within the agreement band, or no completion that ended: nothing may move, not even by momentum
             self.roles.activate(None)
             return
         self._log_train(f"{self.role}/beta", self.kl[self.role].beta)
         if self.beta != 0.0:
+            self._log_train(f"{self.role}/kl", self._step_kl)
             self.kl[self.role].update(self._step_kl)
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -761,7 +762,7 @@ class EvoLMMTrainer(GRPOTrainer):
     def _timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._log_train(f"time/{name}", time.perf_counter() - start)
+        self._step_seconds[name] += time.perf_counter() - start
 
     # ------------------------------------------------------------------------------------------------------------
     # Evaluation on labelled questions
@@ -798,7 +799,8 @@ class EvoLMMTrainer(GRPOTrainer):
         n = self.num_generations_eval
         scores: list[Scores] = []
         for rows in dataloader:
-            prompts = self._encode([self.prompts.solver_messages(str(row["question"])) for row in rows], rows)
+            questions = [without_marks(str(row["question"]), self._tokenizer.all_special_tokens) for row in rows]
+            prompts = self._encode([self.prompts.solver_messages(question) for question in questions], rows)
             greedy = self._decode(self._generate_role(SOLVER, prompts, None))
             seeds = [
                 sample_seed(self.args.seed, "eval", row["image_id"], row["question"], i)
@@ -813,28 +815,14 @@ class EvoLMMTrainer(GRPOTrainer):
         if not scores:
             raise ValueError("`eval_dataset` has no rows; leave it out or add labelled questions.")
         metrics = Scores.mean(scores)
-        if self.state.global_step == 0:
-            self._warn_if_vote_not_ahead(scores)
+        warning = Scores.vote_warning(scores, n) if self.state.global_step == 0 else None
+        if warning is not None and self.accelerator.is_main_process:
+            logger.warning(warning)
         return EvalLoopOutput(
             predictions=None,
             label_ids=None,
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=len(scores),
-        )
-
-    def _warn_if_vote_not_ahead(self, scores: list[Scores]) -> None:
-        gap, error = Scores.vote_gain(scores)
-        if gap > 2 * error or not self.accelerator.is_main_process:
-            return
-        logger.warning(
-            "On %d labelled questions the majority of %d answers is %+.1f points (standard error %.1f) from the greedy "
-            "answer: the vote is not measurably ahead. Self-reward can only teach what the vote knows, and where the vote "
-            "is behind it lowers accuracy. Watch `eval_accuracy_greedy`, sample at another `temperature`, add `extra_votes`, "
-            "or start from a better model.",
-            len(scores),
-            self.num_generations_eval,
-            100 * gap,
-            100 * error,
         )
 
     # ------------------------------------------------------------------------------------------------------------
@@ -935,26 +923,5 @@ def _agreement_only(**kwargs):
     raise AssertionError("the agreement reward is not a reward function")
 
 
-def _canonical(answer) -> str | None:
-    return canonical_answer(answer.text) if answer.text is not None else None
-
-
 def _within(agreement: float, band: tuple[float, float] | None) -> bool:
     return band is None or band[0] <= agreement <= band[1]
-
-
-def _vision_tower_name(model: "str | PreTrainedModel | PeftModel", args: EvoLMMConfig) -> str:
-    """The name of the model's vision tower; a model given by id is built without weights to find it."""
-    if not isinstance(model, str):
-        return vision_tower(model.get_base_model() if isinstance(model, PeftModel) else model)[0]
-    options = {"trust_remote_code": args.trust_remote_code, "revision": (args.model_init_kwargs or {}).get("revision")}
-    config = AutoConfig.from_pretrained(model, **options)
-    if getattr(config, "vision_config", None) is None:
-        raise ValueError(
-            f"{model} is a {config.model_type} model without a vision tower: `EvoLMMTrainer` trains vision-language models. "
-            "Pass one, such as a Qwen2.5-VL or Qwen3-VL checkpoint."
-        )
-    with torch.device("meta"):
-        return vision_tower(AutoModelForImageTextToText.from_config(config, trust_remote_code=args.trust_remote_code))[
-            0
-        ]

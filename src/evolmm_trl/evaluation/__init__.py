@@ -59,6 +59,19 @@ class Scores:
         error = stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
         return fmean(gains), error
 
+    @staticmethod
+    def vote_warning(scores: Sequence["Scores"], votes: int) -> str | None:
+        """What to say when the majority is not measurably ahead of greedy: self-reward has nothing sound to teach."""
+        gain, error = Scores.vote_gain(scores)
+        if gain > 2 * error:
+            return None
+        return (
+            f"On {len(scores)} labelled questions the majority of {votes} answers is {100 * gain:+.1f} points (standard "
+            f"error {100 * error:.1f}) from the greedy answer: the vote is not measurably ahead. Self-reward can only "
+            "teach what the vote knows, and where the vote is behind it lowers accuracy. Watch `eval_accuracy_greedy`, "
+            "sample at another `temperature`, add `extra_votes`, or start from a better model."
+        )
+
 
 def score_answers(label: str, greedy: str, sampled: Sequence[str]) -> Scores:
     """
@@ -94,5 +107,4 @@ def score_answers(label: str, greedy: str, sampled: Sequence[str]) -> Scores:
 
 
 def _read(completion: str) -> str | None:
-    answer = read_answer(completion)
-    return canonical_answer(answer.text) if answer.text is not None else None
+    return canonical_answer(read_answer(completion).text)
