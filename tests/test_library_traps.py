@@ -30,7 +30,7 @@ import trl
 from datasets import Dataset
 from packaging.requirements import Requirement
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import tiny_qwen2_5_vl, tiny_qwen3_vl, tiny_tokenizer
+from tiny_models import tiny_qwen2_5_vl, tiny_tokenizer
 from tiny_trainer import TalkingTrainer, as_speech, config, image_dataset, logged, lora, noise_images, snapshot
 from transformers import AutoModelForImageTextToText, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -140,7 +140,7 @@ def test_set_adapter_by_someone_else_before_training_is_detected(base, adapter, 
         trainer.train()
 
 
-@pytest.mark.parametrize("meddle", ["set_adapter", "disable_adapter", "requires_grad"])
+@pytest.mark.parametrize("meddle", ["set_adapter", "disable_adapter_layers", "requires_grad"])
 def test_meddling_with_the_adapters_during_training_is_detected(base, meddle, tmp_path):
     class Meddler(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -148,9 +148,8 @@ def test_meddling_with_the_adapters_during_training_is_detected(base, meddle, tm
                 return
             if meddle == "set_adapter":
                 model.set_adapter("proposer")
-            elif meddle == "disable_adapter":
-                with model.disable_adapter():
-                    pass
+            elif meddle == "disable_adapter_layers":
+                model.disable_adapter_layers()
             else:
                 next(p for name, p in model.named_parameters() if ".proposer." in name).requires_grad_(False)
 
@@ -161,22 +160,13 @@ def test_meddling_with_the_adapters_during_training_is_detected(base, meddle, tm
 
 
 def test_a_trainable_tensor_that_the_optimizer_lacks_is_refused(base, tmp_path):
-    class Loser(WatchedTrainer):
-        def get_decay_parameter_names(self, model):
-            names = super().get_decay_parameter_names(model)
-            self.roles.role_of = lambda name: "proposer" if ".proposer." in name else "solver"
-            model.named_parameters_of_all = model.named_parameters
-            model.named_parameters = lambda *a, **k: (
-                (name, p) for name, p in model.named_parameters_of_all(*a, **k) if ".proposer." not in name
-            )
-            return names
-
-        def _check_optimizer(self):
-            self.model.named_parameters = self.model.named_parameters_of_all
-            super()._check_optimizer()
-
-    with pytest.raises(RuntimeError, match="28 of the proposer's 28 trainable tensors are not in the optimizer"):
-        make(base, tmp_path, Loser).train()
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.lm_head.parameters())
+    trainer = make(model, tmp_path, peft_config=False, trainer_options={"optimizers": (optimizer, None)})
+    with pytest.raises(
+        RuntimeError, match="of the solver's .* trainable tensors are not in the optimizer, such as model"
+    ):
+        trainer.train()
 
 
 def test_an_optimizer_made_before_the_proposer_s_adapter_is_refused(base, tmp_path):
@@ -189,11 +179,11 @@ def test_an_optimizer_made_before_the_proposer_s_adapter_is_refused(base, tmp_pa
 # The names of the adapters, and the layout of a checkpoint
 
 
-def logits(model, row=0):
-    """For the first prompt and image of `trained`, in eval mode."""
-    batch = model.batch
+def logits(model, trainer):
+    """In eval mode, for the first prompts and images that the trainer's loss has read."""
+    batch = trainer.batches[0][2]
     with torch.no_grad():
-        return model(
+        return model.eval()(
             input_ids=batch["prompt_ids"],
             attention_mask=batch["prompt_mask"],
             mm_token_type_ids=batch["mm_token_type_ids"][:, : batch["prompt_ids"].size(1)],
@@ -202,57 +192,41 @@ def logits(model, row=0):
         ).logits
 
 
-def with_batch(model, trained):
-    model.eval().batch = trained.batches[0][2]
-    return model
-
-
 def test_a_checkpoint_s_root_is_the_solver_and_its_subfolder_the_proposer_for_plain_peft(base, trained):
     folder = trained.rollout_log.path.parent / "checkpoint-6"
-    with_batch(trained.model, trained)
-    outputs = {}
+    outputs = {"base": logits(AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32), trained)}
     for role, subfolder in (("solver", None), ("proposer", "proposer")):
         model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
-        plain = with_batch(PeftModel.from_pretrained(model, folder, subfolder=subfolder), trained)
+        outputs[role] = logits(PeftModel.from_pretrained(model, folder, subfolder=subfolder), trained)
         with trained.roles.using(role):
-            outputs[role] = logits(trained.model)
-        assert torch.allclose(logits(plain), outputs[role], atol=1e-6)
-    untrained = with_batch(AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32), trained)
+            assert torch.allclose(outputs[role], logits(trained.model, trained), atol=1e-6)
     with trained.roles.reference():
-        assert torch.equal(logits(trained.model), logits(untrained))
-    for one, other in (("solver", "proposer"), ("solver", None), ("proposer", None)):
-        difference = outputs[one] - (outputs[other] if other else logits(untrained))
-        assert difference.abs().max() > 1e-3
+        assert torch.equal(outputs["base"], logits(trained.model, trained))
+    for one, other in (("solver", "proposer"), ("solver", "base"), ("proposer", "base")):
+        assert (outputs[one] - outputs[other]).abs().max() > 1e-3
 
 
 def test_load_solver_gives_the_solver(base, trained):
     model, processor = load_solver(base, str(trained.rollout_log.path.parent / "checkpoint-6"), dtype=torch.float32)
     with trained.roles.using("solver"):
-        assert torch.allclose(
-            logits(with_batch(model, trained)), logits(with_batch(trained.model, trained)), atol=1e-6
-        )
+        assert torch.allclose(logits(model, trained), logits(trained.model, trained), atol=1e-6)
     assert hasattr(processor, "image_processor")
 
 
 def test_only_safetensors_and_json_carry_our_state(trained):
     folder = trained.rollout_log.path.parent / "checkpoint-6"
-    assert sorted(file.name for file in (folder / "proposer").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    ours = {file.name for file in folder.iterdir()} & {"evolmm_state.json", "pending_questions_0.safetensors"}
-    assert len(ours) == 2
-    assert {
-        role: state["beta"] for role, state in json.loads((folder / "evolmm_state.json").read_text())["kl"].items()
-    }
+    for adapter in (folder, folder / "proposer"):
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in adapter.iterdir()}
+    of_the_trainer = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    pickled = {file.name for file in folder.rglob("*") if file.suffix in (".bin", ".pt", ".pth", ".pkl")}
+    assert pickled <= of_the_trainer
 
 
 def test_the_model_is_the_solver_after_training_even_if_the_last_step_was_the_proposer_s(trained):
     assert trained.schedule.role(trained.state.global_step - 1) == "proposer"
-    with_batch(trained.model, trained)
-    after = logits(trained.model)
+    after = logits(trained.model, trained)
     with trained.roles.using("solver"):
-        assert torch.equal(after, logits(trained.model))
+        assert torch.equal(after, logits(trained.model, trained))
 
 
 def test_a_peft_model_with_both_adapters_is_trained_further(base, trained, tmp_path):
@@ -359,14 +333,13 @@ def test_dropout_is_drawn_for_the_role_that_trains_and_for_nothing_else(base, tm
     trainer = make(base, tmp_path, peft_config=lora(lora_dropout=0.5), max_steps=3)
     trainer.train()
     trainer.model.train()
-    prompts, ids = trainer.shown[-1][1], trainer.sampled[-1][1]
-    batch = trainer.batches[2][2]
+    batch = {name: value for name, value in trainer.batches[2][2].items() if name != "ref_per_token_logps"}
     with trainer.roles.using("solver"):
         noisy = [trainer._completion_logps(trainer.model, batch) for _ in range(2)]
     assert not torch.equal(*noisy)
     state = torch.get_rng_state()
     quiet = [trainer._reference_logps(batch) for _ in range(2)]
-    assert torch.equal(*quiet) and len(prompts) == len(ids)
+    assert torch.equal(*quiet)
     encoded = trainer._encode([trainer.prompts.proposer_messages()], [{"image": noise_images(1)[0]}]) * 8
     texts = [trainer._generate_role("solver", encoded, range(8)) for _ in range(2)]
     assert texts[0] == texts[1]
@@ -410,11 +383,6 @@ def test_the_solver_is_asked_the_proposer_s_question_about_the_same_image(traine
             for prompt in prompts[3 * i : 3 * i + 3]:
                 assert tokenizer.decode(prompt).count(f"Question: {record['question']}<|im_end|>") == 1
     assert not records
-    for step, role, batch in trained.batches:
-        first = next(batch for other, _, batch in trained.batches if other == step)
-        assert batch["num_images"] == [1] * len(batch["prompt_ids"]) and role in trained.kl
-        assert batch["pixel_values"].size(0) == batch["image_grid_thw"].prod(-1).sum()
-        assert first["pixel_values"].isfinite().all()
 
 
 def test_a_micro_batch_of_n_answers_is_one_whole_group(trained):
@@ -422,8 +390,8 @@ def test_a_micro_batch_of_n_answers_is_one_whole_group(trained):
         if role == "solver":
             assert len(batch["prompt_ids"]) == 3
             assert len(batch["prompt_ids"].unique(dim=0)) == 1
-            grids = batch["pixel_values"].chunk(3)
-            assert torch.equal(grids[0], grids[1]) and torch.equal(grids[0], grids[2])
+            images = batch["pixel_values"].chunk(3)
+            assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
 
 
 def test_every_process_reads_whole_images_and_none_twice():
@@ -450,7 +418,7 @@ def test_a_row_needs_nothing_but_an_image_and_its_other_columns_are_left_alone(b
 
 
 class AgreeingTrainer(WatchedTrainer):
-    """All answers agree, after 0, 6 and 60 words."""
+    """All answers agree, after 1, 7 and 61 words."""
 
     def _decode(self, ids):
         return [f"<question>What?</question>{' so' * (0, 6, 60)[i % 3]} <answer>1</answer>" for i in range(len(ids))]
@@ -464,7 +432,7 @@ def test_a_unanimous_group_is_not_blown_up_into_a_length_reward(base, baseline, 
     assert all(record["agreement"] == 1.0 for record in records)
     for record in records:
         rewards = [answer["reward"] for answer in record["answers"]]
-        assert rewards == pytest.approx([1 - 0.1 / 6, 1 - 0.1, 1 - 0.1]) or rewards[0] > rewards[-1]
+        assert rewards == pytest.approx([1, 1 - 0.1 / 6, 0.9])
         # Divided by the group's standard deviation, these would be as large as 1.4
         assert all(abs(answer["advantage"]) <= 0.1 for answer in record["answers"])
 
@@ -739,7 +707,8 @@ def test_reward_funcs_are_called_as_trl_calls_them_and_added_with_their_weights(
     options = {"reward_funcs": [parity, five]}
     paid = make(base, tmp_path / "paid", reward_weights=[0.5, 2.0], max_steps=1, trainer_options=options)
     unpaid = make(base, tmp_path / "unpaid", max_steps=1)
-    paid.train(), unpaid.train()
+    for trainer in (paid, unpaid):
+        trainer.train()
     prompts, completions, completion_ids, question, step = calls[0]
     assert step == 0 and completion_ids == paid.sampled[1][1]
     assert completions == [[{"role": "assistant", "content": as_speech(ids)}] for ids in completion_ids]
@@ -761,9 +730,9 @@ def test_a_proposer_that_is_not_trained_asks_as_the_base_does(base, tmp_path):
     assert len(records_of(trainer)) == 12 and not trainer._pending_questions
     assert all(record["trained_on"]["proposer"] is None for record in records_of(trainer))
     with trainer.roles.using("proposer"):
-        asked = logits(with_batch(trainer.model, trainer))
+        asked = logits(trainer.model, trainer)
     with trainer.roles.reference():
-        assert torch.equal(asked, logits(trainer.model))
+        assert torch.equal(asked, logits(trainer.model, trainer))
 
 
 def test_truncated_completions_are_masked_and_do_not_dilute_the_others(base, tmp_path):
@@ -846,7 +815,7 @@ def test_the_default_config_alone_trains(base, tmp_path):
         model=base,
         args=EvoLMMConfig(output_dir=str(tmp_path)),
         train_dataset=image_dataset(4),
-        peft_config=LoraConfig(),
+        peft_config=LoraConfig(target_modules="all-linear"),
         callbacks=[StopAfterOne()],
     )
     before = snapshot(trainer)
@@ -911,8 +880,7 @@ def test_evaluation_starts_before_training_and_keeps_its_metrics_apart_from_trai
     for row in (row for row in trainer.state.log_history if "agreement" in row):
         logged_here = [record["agreement"] for record in records if row["step"] - 3 < record["step"] <= row["step"]]
         assert row["agreement"] == pytest.approx(sum(logged_here) / len(logged_here))
-    # A role's metrics are there, both roles' in one row, since three steps make one
-    assert {"solver/kl", "proposer/kl"} <= set(trainer.state.log_history[-3]) | set(trainer.state.log_history[-2])
+        assert {"solver/kl", "proposer/kl"} <= set(row)
 
 
 def test_an_eval_dataset_without_labels_is_refused(base, tmp_path):
@@ -962,17 +930,3 @@ def test_metrics_reach_tensorboard(base, tmp_path, monkeypatch):
     events = accumulator.EventAccumulator(str(folder)).Reload()
     for metric in ("agreement", "solver/kl", "solver/reward", "proposer/beta"):
         assert [event.value for event in events.Scalars(f"train/{metric}")] == pytest.approx(logged(trainer, metric))
-
-
-def test_metrics_of_qwen3_vl_are_there_too(tmp_path):
-    trainer = make(str(tiny_qwen3_vl(tmp_path / "qwen3_vl")), tmp_path / "run")
-    trainer.train()
-    for metric in (
-        "agreement",
-        "answer_entropy",
-        "unreadable",
-        "malformed_questions",
-        "solver/reward",
-        "proposer/reward",
-    ):
-        assert len(logged(trainer, metric)) == 2

@@ -113,7 +113,7 @@ ARMS = {
     "no_pixels": ("no pixels in the update (control)", NoPixels, {}),
 }
 CONTROLS = ("random", "no_pixels")
-# Settings compared on the base with room, fewer seeds
+# Settings compared with the demo's, on fewer seeds
 SETTINGS = {
     "group": ("baseline per group", EvoLMMTrainer, {"baseline": "group"}),
     "sequence_mean": ("log-prob meaned per completion (loss_type grpo)", EvoLMMTrainer, {"loss_type": "grpo"}),
@@ -123,6 +123,12 @@ SETTINGS = {
     "band": ("only groups with agreement 0.3 to 0.8", EvoLMMTrainer, {"agreement_band": (0.3, 0.8)}),
     "shared": ("one adapter for both roles", EvoLMMTrainer, {"adapters": "shared"}),
     "no_kl": ("no KL penalty", EvoLMMTrainer, {"beta": 0.0}),
+    "cool": ("rollouts at temperature 0.5", EvoLMMTrainer, {"temperature": 0.5}),
+}
+SETTINGS_ON = {
+    "room": tuple(SETTINGS),
+    "narrow": ("group", "more_votes", "cool"),
+    "noisy": ("group", "more_votes", "cool"),
 }
 SETTINGS_SEEDS = (0, 1, 2)
 
@@ -206,7 +212,7 @@ def run(processes: int, only: str | None) -> None:
     done = {(row["base"], row["arm"], row["seed"]) for row in read_results()}
     jobs = [(base, "base", None) for base in BASES]
     jobs += [(base, arm, seed) for seed in SEEDS for base in BASES for arm in ARMS]
-    jobs += [("room", setting, seed) for seed in SETTINGS_SEEDS for setting in SETTINGS]
+    jobs += [(base, setting, seed) for seed in SETTINGS_SEEDS for base in BASES for setting in SETTINGS_ON[base]]
     jobs = [
         job for job in jobs if job not in done and (only is None or re.fullmatch(only, f"{job[0]}/{job[1]}/{job[2]}"))
     ]
@@ -359,10 +365,11 @@ def report() -> None:
             "|---|---|---|---|",
             *_comparison_rows(results, base),
         ]
-    settings = _arm_rows(results, "room", SETTINGS)
-    if settings:
-        demo = _arm_rows(results, "room", {"continuous": ARMS["continuous"]})
-        lines += ["", "## Settings, on base `room`", "", _HEADER, *demo, *settings]
+    for base in BASES:
+        settings = _arm_rows(results, base, SETTINGS)
+        if settings:
+            demo = _arm_rows(results, base, {"continuous": ARMS["continuous"]})
+            lines += ["", f"## Settings, on base `{base}`", "", _HEADER, *demo, *settings]
     (DOCS / "tables.md").write_text("\n".join(lines) + "\n")
     _write_readme(results)
 
