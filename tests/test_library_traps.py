@@ -37,7 +37,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import evolmm_trl.trainer
 from evolmm_trl import EvoLMMConfig, EvoLMMTrainer, load_solver
-from evolmm_trl.role_adapters import RoleAdapters, add_role_adapter
+from evolmm_trl.role_adapters import RoleAdapters, add_role_adapter, keep_adapters_precise
 from evolmm_trl.schedule import RoleSchedule, RolloutSampler
 
 
@@ -930,3 +930,16 @@ def test_metrics_reach_tensorboard(base, tmp_path, monkeypatch):
     events = accumulator.EventAccumulator(str(folder)).Reload()
     for metric in ("agreement", "solver/kl", "solver/reward", "proposer/beta"):
         assert [event.value for event in events.Scalars(f"train/{metric}")] == pytest.approx(logged(trainer, metric))
+
+
+def test_adapters_of_a_quantized_base_are_put_back_into_float32_which_trl_rounds_away(tmp_path):
+    base = AutoModelForImageTextToText.from_pretrained(tiny_qwen2_5_vl(tmp_path / "model"))
+    model = get_peft_model(base, lora())
+    adapters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    for parameter in adapters.values():
+        parameter.data = parameter.data.to(torch.bfloat16)  # what TRL does to a quantized model
+    keep_adapters_precise(model)
+    assert {p.dtype for p in adapters.values()} == {torch.bfloat16}  # not quantized: left alone
+    base.is_loaded_in_4bit = True
+    keep_adapters_precise(model)
+    assert {p.dtype for p in adapters.values()} == {torch.float32}
