@@ -283,9 +283,6 @@ def test_a_checkpoint_of_other_adapters_is_not_resumed(base, checkpoint):
 
 def test_the_best_model_at_the_end_is_the_best_of_both_roles(base, tmp_path):
     class EvaluatedTrainer(WatchedTrainer):
-        def _warn_if_vote_not_ahead(self, scores):
-            pass
-
         def evaluation_loop(self, *args, **kwargs):
             output = super().evaluation_loop(*args, **kwargs)
             output.metrics["eval_best_at_3"] = float(self.state.global_step == 3)
