@@ -18,8 +18,11 @@ import ast
 import inspect
 import json
 import logging
+import os
 import re
 import shutil
+import subprocess
+import sys
 from importlib.metadata import requires
 from io import BytesIO
 
@@ -676,6 +679,46 @@ def test_outside_the_agreement_band_nothing_moves_not_by_one_bit(base, tmp_path)
     # A first step that has nothing to train on, and one after the momentum has begun
     assert 1 in skipped and skipped[-1] > min(inside)
     assert len(logged(trainer, "solver/kl")) == len(set(inside))
+
+
+RUN = """
+import sys
+
+import torch
+from tiny_trainer import TalkingTrainer, config, image_dataset, lora, snapshot
+
+base, folder, accumulation = sys.argv[1], sys.argv[2], int(sys.argv[3])
+options = {"max_steps": 6, "agreement_band": [0.6, 1.0], "adam_epsilon": 1e-4}
+args = config(folder, gradient_accumulation_steps=accumulation, **options)
+trainer = TalkingTrainer(model=base, args=args, train_dataset=image_dataset(), peft_config=lora())
+before = snapshot(trainer)
+trainer.train()
+result = {
+    "world": (trainer.accelerator.num_processes, trainer.accelerator.distributed_type.value),
+    "before": before,
+    "after": snapshot(trainer),
+}
+torch.save(result, f"{folder}/result-{trainer.accelerator.process_index}.pt")
+"""
+
+
+def test_two_processes_of_which_one_has_fewer_groups_within_the_band_train_as_one_process_does(base, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    for processes, accumulation in ((1, 4), (2, 2)):
+        command = [*launch, str(processes), str(script), base, str(tmp_path / str(processes)), str(accumulation)]
+        subprocess.run(command, env=environment, check=True, timeout=240, capture_output=True)
+    one, first, second = (torch.load(tmp_path / name) for name in ("1/result-0.pt", "2/result-0.pt", "2/result-1.pt"))
+    assert one["world"][0] == 1 and first["world"] == second["world"] == (2, "MULTI_CPU")
+    assert largest_difference(first["after"], second["after"]) == 0.0
+    assert largest_difference(first["after"], one["after"]) < 1e-5
+    assert largest_difference(one["after"], one["before"]) > 1e-2
+    records = [json.loads(line) for line in (tmp_path / "2" / "rollouts.jsonl").read_text().splitlines()]
+    rollouts = [[r["trained_on"]["solver"] is not None for r in records if r["step"] == step] for step in (1, 2, 4, 5)]
+    # Of the four images of a rollout, each process has two
+    assert any(sum(rollout[:2]) != sum(rollout[2:]) for rollout in rollouts)
 
 
 def test_extra_votes_count_in_the_vote_and_are_not_trained_on(base, tmp_path):

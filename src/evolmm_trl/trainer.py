@@ -230,7 +230,7 @@ class EvoLMMTrainer(GRPOTrainer):
         self.baselines = {role: EMABaseline(args.baseline_momentum) for role in ROLES}
         self.rollout_log = RolloutLog(Path(args.output_dir) / "rollouts.jsonl")
         self._pending_questions: list[Sample] = []  # asked since the proposer's last step
-        self._micro_batches: list[list[Sample]] = []  # of the current optimizer step
+        self._micro_batches: list[list[Sample | None]] = []  # of the current optimizer step
         self._step_seconds: defaultdict[str, float] = defaultdict(float)  # of the current optimizer step, by stage
         self._first_step_checked: set[str] = set()
         if eval_dataset is not None:
@@ -533,9 +533,12 @@ class EvoLMMTrainer(GRPOTrainer):
 
     def _set_step_samples(self, samples: list[Sample]) -> None:
         """The role batch: all samples of the step, over its micro-batches."""
-        self._micro_batches = split_evenly(samples, self.args.gradient_accumulation_steps)
+        # Every process must run the same forwards, of as many rows, since TRL gathers metrics by row: those that a process
+        # has fewer of than another are filled up with rows that do not count
+        most = max(gather_object([len(samples)]))
+        rows = [*samples, *[None] * (most - len(samples))]
+        self._micro_batches = split_evenly(rows, self.args.gradient_accumulation_steps)
         counted = [sample for sample in samples if self._counts(sample)]
-        # The same on all processes, which must run the same forwards
         local = torch.tensor(
             [
                 len(samples),
@@ -557,10 +560,9 @@ class EvoLMMTrainer(GRPOTrainer):
 
     def _prepare_inputs(self, inputs):
         """The padded tensors of the current micro-batch, with the reference's log-probs."""
-        samples = self._micro_batches[self._step % self.args.gradient_accumulation_steps]
-        # Every process must run as many forwards as the others; one without a sample runs one that does not count
-        counts = [self._counts(sample) for sample in samples] or [False]
-        samples = samples or [self._spare_sample]
+        rows = self._micro_batches[self._step % self.args.gradient_accumulation_steps] or [None]
+        counts = [sample is not None and self._counts(sample) for sample in rows]
+        samples = [self._spare_sample if sample is None else sample for sample in rows]
         batch = self._to_device(collate_samples(samples, self._tokenizer.pad_token_id))
         batch["completion_mask"] *= torch.tensor(counts, device=self.accelerator.device)[:, None]
         batch["num_items_in_batch"] = torch.tensor(self._step_tokens, device=self.accelerator.device)
