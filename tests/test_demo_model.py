@@ -13,18 +13,22 @@
 # limitations under the License.
 
 import json
+import logging
 import random
 from pathlib import Path
 
 import charts
+import demo
 import evaluate
 import numpy as np
 import pytest
 import torch
 from charts import Question, chart, labelled_questions, parse_question, sample_question
+from datasets import Dataset
 from PIL import Image
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
+from evolmm_trl import EvoLMMTrainer
 from evolmm_trl.processing import load_processor, processor_class
 
 
@@ -196,3 +200,22 @@ def test_the_room_base_asks_grounded_questions(room):
     asked = evaluate.evaluate_proposer(model, processor, [chart(seed) for seed in charts.VAL_SEEDS[:50]], PROMPTS)
     assert asked["well_formed"] >= asked["parseable"] >= asked["grounded"] > 0.5
     assert sum(asked["kinds"].values()) == pytest.approx(asked["parseable"])
+
+
+@pytest.mark.parametrize(("base", "ahead"), [("room", True), ("narrow", False), ("noisy", False)])
+def test_the_check_with_labelled_questions_warns_where_the_vote_of_five_has_nothing_to_teach(
+    base, ahead, tmp_path, caplog
+):
+    model, processor = demo.load_model(DEMO / "models" / base)
+    labelled = Dataset.from_list(labelled_questions(charts.VAL_SEEDS[:200]))
+    trainer = EvoLMMTrainer(
+        model=model,
+        args=demo.demo_config(tmp_path, per_device_eval_batch_size=100),
+        train_dataset=labelled.select_columns("image"),
+        eval_dataset=labelled,
+        processing_class=processor,
+        peft_config=demo.demo_lora(),
+    )
+    with caplog.at_level(logging.WARNING, logger="evolmm_trl.trainer"):
+        trainer.evaluate()
+    assert ("not measurably ahead" in caplog.text) != ahead

@@ -32,7 +32,7 @@ import torch
 from charts import EVOLVE_SEEDS, TEST_SEEDS, chart, labelled_questions, make_images
 from evaluate import evaluate_proposer, evaluate_solver
 from peft import LoraConfig
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PrinterCallback, TrainerCallback
 
 from evolmm_trl import EvoLMMConfig, EvoLMMTrainer, load_images, load_processor, load_solver
 
@@ -78,6 +78,16 @@ def load_model(folder: str | Path):
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32), load_processor(str(folder))
 
 
+class Progress(TrainerCallback):
+    """A line now and then instead of every metric of every step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs is not None and "agreement" in logs and state.global_step % 6 == 1:
+            shown = {name: logs[name] for name in ("agreement", "solver/reward", "proposer/reward", "solver/kl")}
+            values = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
+            print(f"  step {state.global_step} of {state.max_steps}  {values}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--output_dir", default="runs/demo")
@@ -101,7 +111,9 @@ def main() -> None:
         train_dataset=images,
         processing_class=processor,
         peft_config=demo_lora(),
+        callbacks=[Progress()],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model()
 
@@ -109,7 +121,10 @@ def main() -> None:
     solver, processor = load_solver(arguments.model, str(output), dtype=torch.float32)
     print("After training:", flush=True)
     after = _show(evaluate_solver(solver, processor, test_rows, PROMPTS))
+    solver.load_adapter(str(output), adapter_name="proposer", subfolder="proposer")
+    solver.set_adapter("proposer")
     questions = evaluate_proposer(solver, processor, [chart(seed) for seed in TEST_SEEDS[:200]], PROMPTS)
+    print(f"  of its questions {questions['grounded']:.3f} are about bars that the chart has")
     gains = [b - a for a, b in zip(before["per_question"]["greedy"], after["per_question"]["greedy"], strict=True)]
     gain, error = _mean_and_error(gains)
     print(
@@ -119,11 +134,11 @@ def main() -> None:
     summary = {
         "seconds": round(time.time() - started, 1),
         "questions": len(test_rows),
-        "before": {name: value for name, value in before.items() if name != "per_question"},
-        "after": {name: value for name, value in after.items() if name != "per_question"},
-        "greedy_gain": gain,
-        "greedy_gain_standard_error": error,
-        "proposer_of_base": questions,
+        "before": {name: round(value, 4) for name, value in before.items() if name != "per_question"},
+        "after": {name: round(value, 4) for name, value in after.items() if name != "per_question"},
+        "greedy_gain": round(gain, 4),
+        "greedy_gain_standard_error": round(error, 4),
+        "proposer": questions,
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"{output}: adapters, rollouts.jsonl, summary.json, curves.png ({summary['seconds']:.0f} s)")

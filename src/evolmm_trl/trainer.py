@@ -85,7 +85,8 @@ from .voting import Vote, vote
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "evolmm_state.json"
-# Losses that TRL averages over the rows of a micro-batch; the others it already normalises over the whole step
+# Losses that TRL averages over the rows of a micro-batch. The others it already normalises over the whole step, but for
+# "bnpo", which is by its definition the mean over the tokens of a micro-batch
 _ROW_MEAN_LOSSES = ("grpo", "dr_grpo", "sapo", "luspo")
 
 
@@ -365,6 +366,7 @@ class EvoLMMTrainer(GRPOTrainer):
 
     def train(self, *args, **kwargs):
         """Trains as the parent does, and leaves the model as the solver whichever role was trained last."""
+        self._pending_questions = []  # of an earlier call; those of a checkpoint are loaded later
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -630,6 +632,7 @@ class EvoLMMTrainer(GRPOTrainer):
         if self._step_tokens == 0:
             # No question within the agreement band, or no completion that ended: nothing may move, not even by momentum
             self.roles.activate(None)
+            self.optimizer.zero_grad(set_to_none=True)  # for an optimizer of the user's, which knows no roles
             return
         self._log_train(f"{self.role}/beta", self.kl[self.role].beta)
         if self.beta != 0.0:
