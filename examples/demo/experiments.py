@@ -124,9 +124,10 @@ SETTINGS = {
     "shared": ("one adapter for both roles", EvoLMMTrainer, {"adapters": "shared"}),
     "no_kl": ("no KL penalty", EvoLMMTrainer, {"beta": 0.0}),
     "cool": ("rollouts at temperature 0.5", EvoLMMTrainer, {"temperature": 0.5}),
+    "no_length": ("no penalty on words before the answer", EvoLMMTrainer, {"length_weight": 0.0}),
 }
 SETTINGS_ON = {
-    "narrow": ("more_votes", "cool", "group"),
+    "narrow": ("more_votes", "cool", "group", "no_length"),
     "noisy": ("cool", "more_votes"),
     "room": tuple(SETTINGS),
 }
