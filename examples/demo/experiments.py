@@ -131,7 +131,7 @@ SETTINGS_ON = {
     "noisy": ("cool", "more_votes"),
     "room": tuple(SETTINGS),
 }
-SETTINGS_SEEDS = (0, 1)
+SETTINGS_SEEDS = (0, 1, 2)
 
 
 def run_base(base: str) -> dict:
