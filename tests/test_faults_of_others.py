@@ -22,7 +22,7 @@ import torch
 from charts import EVOLVE_SEEDS, chart
 from datasets import Dataset
 from tiny_models import tiny_qwen2_5_vl, tiny_qwen3_vl
-from tiny_trainer import TalkingTrainer, config, image_dataset, logged, lora, snapshot
+from tiny_trainer import TalkingTrainer, Watch, config, image_dataset, logged, lora, snapshot
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from evolmm_trl import EvoLMMTrainer, canonical_answer
@@ -40,23 +40,6 @@ def bases(tmp_path_factory):
         "qwen3_vl": str(tiny_qwen3_vl(folder / "qwen3_vl")),
         "room": str(DEMO / "models" / "room"),
     }
-
-
-class Watch(TrainerCallback):
-    """Copies all tensors before and after every optimizer step, and the gradients of the step."""
-
-    def __init__(self):
-        self.before, self.gradients, self.after = [], [], []
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self.before.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        named = model.named_parameters()
-        self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.after.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
 
 # 1. Its update forwards get no pixels: the policy gradient never sees the image

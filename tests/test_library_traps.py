@@ -34,7 +34,7 @@ from datasets import Dataset
 from packaging.requirements import Requirement
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import tiny_qwen2_5_vl, tiny_tokenizer
-from tiny_trainer import TalkingTrainer, as_speech, config, image_dataset, logged, lora, noise_images, snapshot
+from tiny_trainer import TalkingTrainer, Watch, as_speech, config, image_dataset, logged, lora, noise_images, snapshot
 from transformers import AutoModelForImageTextToText, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -47,26 +47,6 @@ from evolmm_trl.schedule import RoleSchedule, RolloutSampler
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return str(tiny_qwen2_5_vl(tmp_path_factory.mktemp("base") / "qwen2_5_vl"))
-
-
-class Watch(TrainerCallback):
-    """Copies all tensors before and after every optimizer step, and the gradients of the step."""
-
-    def __init__(self):
-        self.before, self.gradients, self.after = [], [], []
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self.before.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        named = model.named_parameters()
-        self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.after.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-
-    def moved(self, step):
-        return {name for name in self.before[step] if not torch.equal(self.before[step][name], self.after[step][name])}
 
 
 class WatchedTrainer(TalkingTrainer):

@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
+from transformers import TrainerCallback
 
 from evolmm_trl import EvoLMMConfig, EvoLMMTrainer
 
@@ -80,3 +81,23 @@ def snapshot(trainer) -> dict[str, torch.Tensor]:
 def logged(trainer, name: str) -> list[float]:
     """The values of one metric, in the order they were logged."""
     return [row[name] for row in trainer.state.log_history if name in row]
+
+
+class Watch(TrainerCallback):
+    """Copies all tensors before and after every optimizer step, and the gradients of the step."""
+
+    def __init__(self):
+        self.before, self.gradients, self.after = [], [], []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.before.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        named = model.named_parameters()
+        self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.after.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+    def moved(self, step):
+        return {name for name in self.before[step] if not torch.equal(self.before[step][name], self.after[step][name])}

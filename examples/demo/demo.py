@@ -27,6 +27,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 from charts import EVOLVE_SEEDS, TEST_SEEDS, chart, labelled_questions, make_images
@@ -126,7 +127,7 @@ def main() -> None:
     questions = evaluate_proposer(solver, processor, [chart(seed) for seed in TEST_SEEDS[:200]], PROMPTS)
     print(f"  of its questions {questions['grounded']:.3f} are about bars that the chart has")
     gains = [b - a for a, b in zip(before["per_question"]["greedy"], after["per_question"]["greedy"], strict=True)]
-    gain, error = _mean_and_error(gains)
+    gain, error = fmean(gains), stdev(gains) / len(gains) ** 0.5
     print(
         f"Greedy accuracy {before['greedy']:.3f} -> {after['greedy']:.3f}: {100 * gain:+.1f} points, standard error {100 * error:.1f}."
     )
@@ -151,12 +152,6 @@ def _show(scores: dict) -> dict:
         flush=True,
     )
     return scores
-
-
-def _mean_and_error(values: list[float]) -> tuple[float, float]:
-    mean = sum(values) / len(values)
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, (variance / len(values)) ** 0.5
 
 
 def _draw(history: list[dict], file: Path) -> None:

@@ -695,3 +695,9 @@ def _without_decoding(dataset):
     if isinstance(feature, Image) and feature.decode:
         return dataset.cast_column("image", Image(decode=False))
     return dataset
+
+
+def readable_images(dataset, max_pixels: int | None = None) -> ReadableImages | ReadableImageStream:
+    """The reader for a dataset: [`ReadableImageStream`] for a stream, [`ReadableImages`] for one with a length."""
+    reader = ReadableImageStream if isinstance(dataset, IterableDataset) else ReadableImages
+    return reader(dataset, max_pixels=max_pixels)

@@ -21,9 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
@@ -353,9 +354,6 @@ def load_role_adapters(model: PeftModel, folder: str | Path) -> None:
     Raises:
         `ValueError`: if the folder lacks a role or holds tensors of other names or shapes.
     """
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
     separate = ADAPTER_OF[PROPOSER] in model.peft_config
     check_adapter_folder(folder, separate)
     for role in ROLES if separate else (SOLVER,):

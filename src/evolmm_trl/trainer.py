@@ -40,7 +40,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .answers import canonical_answer
 from .config import DEFAULT_STREAM_ROLLOUTS, EvoLMMConfig
-from .data import ReadableImages, ReadableImageStream
+from .data import ReadableImageStream, readable_images
 from .evaluation import Scores, score_answers
 from .kl import AdaptiveKL
 from .model_card import write_model_card
@@ -222,8 +222,7 @@ class EvoLMMTrainer(GRPOTrainer):
             self.reward_funcs, self.reward_func_names, self.reward_processing_classes = [], [], []
         self._set_up_roles(lora_configs, tower_name)
         # Read once here, so that a missing column or an empty dataset is said now and not after the model is sharded
-        images = ReadableImageStream if isinstance(train_dataset, IterableDataset) else ReadableImages
-        self._images = images(self._shuffled(train_dataset), max_pixels=args.max_pixels)
+        self._images = readable_images(self._shuffled(train_dataset), max_pixels=args.max_pixels)
 
         self.prompts = args.role_prompts
         self.schedule = RoleSchedule(args.proposer_update_every, args.train_proposer)
@@ -407,7 +406,7 @@ class EvoLMMTrainer(GRPOTrainer):
         solver, proposer = self._rewards(questions, answers, votes)
         solver = self._add_reward_funcs(solver, rows, questions, completions, answer_ids)
         solver_advantages = self._advantages(SOLVER, solver)
-        proposer_advantages = [a for group in self._advantages(PROPOSER, [proposer]) for a in group]
+        (proposer_advantages,) = self._advantages(PROPOSER, [proposer])
 
         trained = [_within(v.agreement, args.agreement_band) for v in votes]
         step = self.state.global_step
@@ -744,14 +743,9 @@ class EvoLMMTrainer(GRPOTrainer):
         if not self.log_completions:
             return
         n = self.args.num_generations
-        prompts = gather_object(
-            [
-                [{"role": "user", "content": self.prompts.solver.replace("{question}", r.question.text)}]
-                for r in rollouts
-            ]
-        )
         images = gather_object([[row["image"]] for row in rows]) if self.log_multimodal else [None] * len(records)
-        for prompt, image, record in zip(prompts, images, records, strict=True):
+        for image, record in zip(images, records, strict=True):
+            prompt = [{"role": "user", "content": self.prompts.solver.replace("{question}", record["question"])}]
             for answer in record["answers"][:n]:
                 self._logs["prompt"].append(prompt)
                 self._logs["completion"].append([{"role": "assistant", "content": answer["completion"]}])
@@ -785,8 +779,7 @@ class EvoLMMTrainer(GRPOTrainer):
             raise ValueError(
                 f"`eval_dataset` has the columns {sorted(columns)}; expected 'image', 'question' and 'answer'."
             )
-        images = ReadableImageStream if isinstance(eval_dataset, IterableDataset) else ReadableImages
-        readable = images(eval_dataset, max_pixels=self.args.max_pixels)
+        readable = readable_images(eval_dataset, max_pixels=self.args.max_pixels)
         return DataLoader(
             _Share(readable, self.accelerator.process_index, self.accelerator.num_processes),
             batch_size=self.args.eval_batch_size,
