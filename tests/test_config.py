@@ -53,6 +53,7 @@ DEFAULTS = {
     "train_proposer": True,
     "adapters": "separate",
     "freeze_vision_tower": True,
+    "shared_prefix": True,
     "adaptive_kl": True,
     "kl_target": 0.02,
     "kl_rate": 0.10,

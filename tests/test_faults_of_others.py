@@ -26,6 +26,7 @@ from tiny_trainer import TalkingTrainer, Watch, config, image_dataset, logged, l
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from evolmm_trl import EvoLMMTrainer, canonical_answer
+from evolmm_trl.rollout.samples import EncodedPrompt
 
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
@@ -48,9 +49,9 @@ def bases(tmp_path_factory):
 class DictatedTrainer(TalkingTrainer):
     """Both roles write what they are told, whatever they see."""
 
-    def _generate_role(self, role, prompts, seeds):
+    def _generate_role(self, model, role, prompts, seeds):
         end = self.processing_class.tokenizer.eos_token_id
-        return [[20 + seed % 7, 30 + seed % 5, 40 + seed % 3, end] for seed in seeds]
+        return [[[20 + seed % 7, 30 + seed % 5, 40 + seed % 3, end] for seed in group] for group in seeds]
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
@@ -77,21 +78,37 @@ def test_other_pixels_give_other_gradients_to_both_roles_for_the_same_words(base
             assert (one - other).norm() > 0.01 * one.norm()
 
 
+@pytest.mark.parametrize("shared_prefix", [True, False])
 @pytest.mark.parametrize("blind_role", ["solver", "proposer"])
-def test_an_update_that_does_not_see_the_image_is_refused(bases, blind_role, tmp_path):
+def test_an_update_that_does_not_see_the_image_is_refused(bases, blind_role, shared_prefix, tmp_path):
     class BlindTrainer(TalkingTrainer):
-        def _get_per_token_logps_and_entropies(self, *args, pixel_values=None, image_grid_thw=None, **kwargs):
-            if self.role != blind_role:
-                kwargs |= {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        def _collate(self, *args, **kwargs):
+            batch = super()._collate(*args, **kwargs)
+            if self.role == blind_role:
+                for name in ("pixel_values", "image_grid_thw"):
+                    batch.pop(name, None)
+                if "packed" in batch:
+                    batch["packed"].images.clear()
+            return batch
 
     trainer = BlindTrainer(
         model=bases["qwen2_5_vl"],
-        args=config(tmp_path, proposer_update_every=1),
+        args=config(tmp_path, proposer_update_every=1, shared_prefix=shared_prefix),
         train_dataset=image_dataset(),
         peft_config=lora(),
     )
     with pytest.raises(RuntimeError, match=f"The {blind_role}'s log-probs do not change with the image"):
+        trainer.train()
+
+
+def test_a_vision_tower_that_does_not_see_the_image_is_refused(bases, tmp_path, monkeypatch):
+    trainer = TalkingTrainer(
+        model=bases["qwen2_5_vl"], args=config(tmp_path), train_dataset=image_dataset(), peft_config=lora()
+    )
+    tower = trainer.model.get_base_model().model.visual
+    look = tower.forward
+    monkeypatch.setattr(tower, "forward", lambda pixels, **kwargs: look(torch.zeros_like(pixels), **kwargs))
+    with pytest.raises(RuntimeError, match="The solver's log-probs do not change with the image"):
         trainer.train()
 
 
@@ -128,7 +145,8 @@ def merged(base, tensors, adapter, scale):
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_kl_is_zero_at_first_then_grows_and_is_that_to_the_base(bases, family, tmp_path):
+def test_kl_is_zero_at_first_then_grows_and_is_that_to_the_base(bases, family, tmp_path, monkeypatch):
+    monkeypatch.setattr(EncodedPrompt, "without_pixels", lambda prompt: prompt)  # to look at the images again below
     watch = Watch()
     trainer = SampleKeeper(
         model=bases[family],
@@ -191,20 +209,26 @@ def watch_tokens(trainer):
     """Wraps a trainer so that it keeps the ids it samples and the ids its loss reads, by role."""
     sampled = {"solver": [], "proposer": []}
     trained = {"solver": [], "proposer": []}
-    generate, compute_loss = trainer._generate_role, trainer.compute_loss
+    generate, collate = trainer._generate_role, trainer._batch
 
-    def generate_role(role, prompts, seeds):
-        ids = generate(role, prompts, seeds)
-        sampled[role] += ids
+    def generate_role(model, role, prompts, seeds):
+        ids = generate(model, role, prompts, seeds)
+        sampled[role] += [completion for group in ids for completion in group]
         return ids
 
-    def keep_and_compute_loss(model, inputs, **kwargs):
-        for ids, mask in zip(inputs["completion_ids"], inputs["completion_mask"].bool(), strict=True):
+    def keep_batch(part):
+        batch = collate(part)
+        for ids, mask in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True):
             assert mask[: mask.sum()].all()
             trained[trainer.role].append(ids[mask].tolist())
-        return compute_loss(model, inputs, **kwargs)
+        if "packed" in batch:  # the tokens that are scored, in the rows of the answers
+            packed = batch["packed"]
+            assert packed.labels[0][packed.columns[packed.counted]].tolist() == sum(
+                trained[trainer.role][-len(part.samples) :], []
+            )
+        return batch
 
-    trainer._generate_role, trainer.compute_loss = generate_role, keep_and_compute_loss
+    trainer._generate_role, trainer._batch = generate_role, keep_batch
     return sampled, trained
 
 

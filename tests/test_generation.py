@@ -26,8 +26,9 @@ from tiny_models import SPECIAL_TOKENS, tiny_qwen2_5_vl, tiny_qwen3_vl
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from evolmm_trl import RolePrompts, load_processor
-from evolmm_trl.rollout.generation import SeededSampling, generate, sample_seed
+from evolmm_trl.rollout.generation import SeededSampling, generate, generate_shared, sample_seed
 from evolmm_trl.rollout.samples import collate_prompts, encode_prompts
+from evolmm_trl.shared_prefix import install_shared_attention
 
 
 LARGEST_BELOW_1 = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()
@@ -192,6 +193,20 @@ def model(checkpoint):
     return checkpoint[0]
 
 
+@pytest.fixture(params=["generate", "generate_shared"])
+def sample(request, model):
+    """One completion per prompt and seed, greedy without seeds, by either path."""
+    if request.param == "generate_shared":
+        install_shared_attention(model)
+    path = {"generate": generate, "generate_shared": generate_shared}[request.param]
+
+    def sample(prompts, config, seeds=None):
+        seeds = [None] * len(prompts) if seeds is None else seeds
+        return [group[0] for group in path(model, prompts, [[seed] for seed in seeds], config)]
+
+    return sample
+
+
 @pytest.fixture
 def prompts(checkpoint):
     """Three prompts of different lengths about images of different sizes."""
@@ -209,118 +224,114 @@ def config(**kwargs):
     return GenerationConfig(**{**defaults, **kwargs})
 
 
-def text_prompt(model, rows):
-    input_ids = torch.tensor([[65, 66, 67, 68]]).expand(rows, -1)
-    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+def logits_after(model, prompt):
     with torch.no_grad():
-        return inputs, model(input_ids=input_ids[:1]).logits[0, -1]
+        return model(**collate_prompts([prompt], 0)).logits[0, -1]
 
 
-def first_tokens(model, rows=300, **kwargs):
-    """What many seeds sample as the first token after one prompt, and the model's logits there."""
-    inputs, logits = text_prompt(model, rows)
-    sampled = generate(
-        model, inputs, config(max_new_tokens=1, **kwargs), [sample_seed("t", row) for row in range(rows)]
-    )
-    return torch.tensor(sampled).flatten(), logits
+def first_tokens(sample, prompt, rows=300, **kwargs):
+    """What many seeds sample as the first token after one prompt."""
+    seeds = [sample_seed("t", row) for row in range(rows)]
+    return torch.tensor(sample([prompt] * rows, config(max_new_tokens=1, **kwargs), seeds)).flatten()
 
 
-def test_without_seeds_decoding_is_greedy(model, prompts):
+def test_without_seeds_decoding_is_greedy(model, prompts, sample):
     inputs = collate_prompts(prompts, 0)
     expected = model.generate(**inputs, generation_config=GenerationConfig(max_new_tokens=8, do_sample=False))
-    generated = generate(model, inputs, config(temperature=0.7, top_k=2, top_p=0.5, min_p=0.5), None)
+    generated = sample(prompts, config(temperature=0.7, top_k=2, top_p=0.5, min_p=0.5))
     assert generated == expected[:, inputs["input_ids"].size(1) :].tolist()
 
 
-def test_the_same_seeds_sample_the_same_tokens_and_others_do_not(model, prompts):
-    inputs = collate_prompts(prompts, 0)
-    sampled = generate(model, inputs, config(), [1, 2, 3])
+def test_the_same_seeds_sample_the_same_tokens_and_others_do_not(prompts, sample):
+    sampled = sample(prompts, config(), [1, 2, 3])
     torch.rand(5)  # the global random state has no part in it
-    assert generate(model, inputs, config(), [1, 2, 3]) == sampled
-    assert generate(model, inputs, config(), [4, 2, 3])[0] != sampled[0]
-    assert generate(model, inputs, config(), [4, 2, 3])[1:] == sampled[1:]
+    assert sample(prompts, config(), [1, 2, 3]) == sampled
+    assert sample(prompts, config(), [4, 2, 3])[0] != sampled[0]
+    assert sample(prompts, config(), [4, 2, 3])[1:] == sampled[1:]
 
 
-def test_a_rows_tokens_do_not_depend_on_the_batch_it_is_in(model, prompts):
-    together = generate(model, collate_prompts(prompts, 0), config(), [1, 2, 3])
-    alone = [generate(model, collate_prompts([p], 0), config(), [seed])[0] for seed, p in enumerate(prompts, start=1)]
-    assert alone == together
-    assert generate(model, collate_prompts(prompts[::-1], 0), config(), [3, 2, 1]) == together[::-1]
+def test_greedy_and_sampled_rows_go_together(prompts, sample):
+    assert sample(prompts, config(), [None, 2, None]) == [
+        *sample(prompts[:1], config()),
+        *sample(prompts[1:2], config(), [2]),
+        *sample(prompts[2:], config()),
+    ]
+
+
+def test_a_rows_tokens_do_not_depend_on_the_batch_it_is_in(prompts, sample):
+    together = sample(prompts, config(), [1, 2, 3])
+    assert [sample([p], config(), [seed])[0] for seed, p in enumerate(prompts, start=1)] == together
+    assert sample(prompts[::-1], config(), [3, 2, 1]) == together[::-1]
 
 
 @pytest.mark.parametrize("seeds", [None, [1, 2, 3]], ids=["greedy", "sampled"])
-def test_the_end_token_is_kept_and_nothing_after_it(model, prompts, seeds):
-    inputs = collate_prompts(prompts, 0)
-    endless = generate(model, inputs, config(), seeds)
+def test_the_end_token_is_kept_and_nothing_after_it(prompts, seeds, sample):
+    endless = sample(prompts, config(), seeds)
     assert [len(row) for row in endless] == [8, 8, 8]
     ends = [endless[0][2], endless[1][4]]
     expected = [row[: min([row.index(end) for end in ends if end in row], default=7) + 1] for row in endless]
-    assert generate(model, inputs, config(eos_token_id=ends), seeds) == expected
+    assert sample(prompts, config(eos_token_id=ends), seeds) == expected
     assert len({len(row) for row in expected}) > 1
     one_end = [row[: (row.index(ends[0]) if ends[0] in row else 7) + 1] for row in endless]
-    assert generate(model, inputs, config(eos_token_id=ends[0]), seeds) == one_end
+    assert sample(prompts, config(eos_token_id=ends[0]), seeds) == one_end
 
 
-def test_no_more_than_max_new_tokens_are_generated(model, prompts):
-    inputs = collate_prompts(prompts, 0)
-    assert [len(row) for row in generate(model, inputs, config(max_new_tokens=5), [1, 2, 3])] == [5, 5, 5]
+def test_no_more_than_max_new_tokens_are_generated(prompts, sample):
+    assert [len(row) for row in sample(prompts, config(max_new_tokens=5), [1, 2, 3])] == [5, 5, 5]
 
 
-def test_suppressed_placeholders_are_never_sampled(checkpoint):
-    model, processor = checkpoint
-    inputs, _ = text_prompt(model, 100)
-    placeholders = processor.tokenizer.convert_tokens_to_ids(
+def test_suppressed_placeholders_are_never_sampled(checkpoint, prompts, sample):
+    placeholders = checkpoint[1].tokenizer.convert_tokens_to_ids(
         [t for t in SPECIAL_TOKENS if "image" in t or "video" in t]
     )
+    options = {"max_new_tokens": 16, "temperature": 3.0}
     seeds = [sample_seed("p", row) for row in range(100)]
-    free = {token for row in generate(model, inputs, config(max_new_tokens=16), seeds) for token in row}
-    kept = config(max_new_tokens=16, suppress_tokens=placeholders)
-    suppressed = {token for row in generate(model, inputs, kept, seeds) for token in row}
-    assert free & set(placeholders)  # or this test would show nothing
-    assert not suppressed & set(placeholders)
+    kept = config(**options, suppress_tokens=placeholders)
+    free, suppressed = (sample(prompts[:1] * 100, c, seeds) for c in (config(**options), kept))
+    assert {token for row in free for token in row} & set(placeholders)  # or this test would show nothing
+    assert not {token for row in suppressed for token in row} & set(placeholders)
 
 
-def test_the_models_probabilities_at_a_temperature_are_those_sampled(model):
-    tokens, logits = first_tokens(model, rows=3_000, temperature=0.5)
-    probabilities = (logits / 0.5).softmax(-1)
-    likely = probabilities.topk(8).indices
+def test_the_models_probabilities_at_a_temperature_are_those_sampled(model, prompts, sample):
+    tokens = first_tokens(sample, prompts[0], rows=3_000, temperature=0.5)
+    probabilities = (logits_after(model, prompts[0]) / 0.5).softmax(-1)
+    likely = probabilities.topk(4).indices
     counts = torch.stack([(tokens == token).sum() for token in likely] + [(~torch.isin(tokens, likely)).sum()])
     grouped = torch.cat([probabilities[likely], 1 - probabilities[likely].sum(0, keepdim=True)])
     assert chi_square_p_value(counts, grouped) > FALSE_ALARM_RATE
 
 
-def test_top_k_leaves_the_k_likeliest_tokens(model):
-    tokens, logits = first_tokens(model, top_k=3)
-    assert set(tokens.tolist()) == set(logits.topk(3).indices.tolist())
+def test_top_k_leaves_the_k_likeliest_tokens(model, prompts, sample):
+    tokens = first_tokens(sample, prompts[0], top_k=3)
+    assert set(tokens.tolist()) == set(logits_after(model, prompts[0]).topk(3).indices.tolist())
 
 
-def test_top_p_leaves_the_fewest_tokens_that_hold_p(model):
-    tokens, logits = first_tokens(model, temperature=0.3, top_p=0.6)
-    probabilities, order = (logits / 0.3).softmax(-1).sort(descending=True)
+def test_top_p_leaves_the_fewest_tokens_that_hold_p(model, prompts, sample):
+    tokens = first_tokens(sample, prompts[0], temperature=0.3, top_p=0.6)
+    probabilities, order = (logits_after(model, prompts[0]) / 0.3).softmax(-1).sort(descending=True)
     number = int((probabilities.cumsum(0) < 0.6).sum()) + 1
     assert 1 < number < 20
     assert set(tokens.tolist()) == set(order[:number].tolist())
 
 
-def test_min_p_leaves_the_tokens_at_least_that_likely_beside_the_likeliest(model):
-    tokens, logits = first_tokens(model, temperature=0.5, min_p=0.3)
-    probabilities = (logits / 0.5).softmax(-1)
+def test_min_p_leaves_the_tokens_at_least_that_likely_beside_the_likeliest(model, prompts, sample):
+    tokens = first_tokens(sample, prompts[0], temperature=0.5, min_p=0.3)
+    probabilities = (logits_after(model, prompts[0]) / 0.5).softmax(-1)
     (left,) = torch.where(probabilities >= 0.3 * probabilities.max())
     assert 1 < len(left) < 20
     assert set(tokens.tolist()) == set(left.tolist())
 
 
-def test_a_repetition_penalty_is_respected(model):
+def test_a_repetition_penalty_is_respected(model, prompts, sample):
     # One far below 1 is a reward: it makes the tokens with positive logits that were there before win over all others
-    inputs, logits = text_prompt(model, 20)
-    assert logits[inputs["input_ids"][0]].max() > 0
-    sampled = generate(model, inputs, config(max_new_tokens=4, repetition_penalty=1e-6), range(20))
-    assert {token for row in sampled for token in row} <= set(inputs["input_ids"][0].tolist())
+    ids = prompts[0].input_ids
+    assert logits_after(model, prompts[0])[ids].max() > 0
+    sampled = sample(prompts[:1] * 20, config(max_new_tokens=4, repetition_penalty=1e-6), range(20))
+    assert {token for row in sampled for token in row} <= set(ids.tolist())
 
 
-def test_the_checkpoints_own_sampling_settings_have_no_part(model, prompts, monkeypatch):
-    inputs = collate_prompts(prompts, 0)
-    expected = generate(model, inputs, config(), [1, 2, 3])
+def test_the_checkpoints_own_sampling_settings_have_no_part(model, prompts, monkeypatch, sample):
+    expected = sample(prompts, config(), [1, 2, 3])
     own = GenerationConfig(do_sample=True, temperature=1e-6, top_k=1, top_p=0.001, repetition_penalty=1.05)
     monkeypatch.setattr(model, "generation_config", own)  # as Qwen2.5-VL's
-    assert generate(model, inputs, config(), [1, 2, 3]) == expected
+    assert sample(prompts, config(), [1, 2, 3]) == expected

@@ -25,6 +25,7 @@ import subprocess
 import sys
 from importlib.metadata import requires
 from io import BytesIO
+from itertools import count
 
 import pandas as pd
 import pytest
@@ -41,6 +42,7 @@ from trl import GRPOConfig, GRPOTrainer
 import evolmm_trl.trainer
 from evolmm_trl import EvoLMMConfig, EvoLMMTrainer, load_solver
 from evolmm_trl.role_adapters import RoleAdapters, add_role_adapter, keep_adapters_precise
+from evolmm_trl.rollout.samples import collate_prompts
 from evolmm_trl.schedule import RoleSchedule, RolloutSampler
 
 
@@ -57,15 +59,16 @@ class WatchedTrainer(TalkingTrainer):
         self.shown, self.sampled, self.batches = [], [], []
         super().__init__(*args, callbacks=[self.watch, *(callbacks or [])], **kwargs)
 
-    def _generate_role(self, role, prompts, seeds):
-        ids = super()._generate_role(role, prompts, seeds)
-        self.shown.append((role, [prompt.input_ids for prompt in prompts]))
+    def _generate_role(self, model, role, prompts, seeds):
+        ids = super()._generate_role(model, role, prompts, seeds)
+        self.shown.append((role, list(prompts)))
         self.sampled.append((role, ids))
         return ids
 
-    def compute_loss(self, model, inputs, **kwargs):
-        self.batches.append((self.state.global_step, self.role, inputs))
-        return super().compute_loss(model, inputs, **kwargs)
+    def _batch(self, part):
+        batch = super()._batch(part)
+        self.batches.append((self.state.global_step, self.role, {**batch}))
+        return batch
 
 
 def make(base, folder, trainer_class=WatchedTrainer, dataset=None, peft_config=None, trainer_options=None, **options):
@@ -163,16 +166,9 @@ def test_an_optimizer_made_before_the_proposer_s_adapter_is_refused(base, tmp_pa
 
 
 def logits(model, trainer):
-    """In eval mode, for the first prompts and images that the trainer's loss has read."""
-    batch = trainer.batches[0][2]
+    """In eval mode, for the first prompts and images that the trainer has shown to the proposer."""
     with torch.no_grad():
-        return model.eval()(
-            input_ids=batch["prompt_ids"],
-            attention_mask=batch["prompt_mask"],
-            mm_token_type_ids=batch["mm_token_type_ids"][:, : batch["prompt_ids"].size(1)],
-            pixel_values=batch["pixel_values"],
-            image_grid_thw=batch["image_grid_thw"],
-        ).logits
+        return model.eval()(**collate_prompts(trainer.shown[0][1], 0)).logits
 
 
 def test_a_checkpoint_s_root_is_the_solver_and_its_subfolder_the_proposer_for_plain_peft(base, trained):
@@ -320,8 +316,8 @@ def test_dropout_is_drawn_for_the_role_that_trains_and_for_nothing_else(base, tm
     state = torch.get_rng_state()
     quiet = [trainer._reference_logps(batch) for _ in range(2)]
     assert torch.equal(*quiet)
-    encoded = trainer._encode([trainer.prompts.proposer_messages()], [{"image": noise_images(1)[0]}]) * 8
-    texts = [trainer._generate_role("solver", encoded, range(8)) for _ in range(2)]
+    with trainer._sampling() as model:
+        texts = [trainer._generate_role(model, "solver", trainer.shown[0][1][:1], [range(8)]) for _ in range(2)]
     assert texts[0] == texts[1]
     assert torch.equal(state, torch.get_rng_state())
 
@@ -360,18 +356,16 @@ def test_the_solver_is_asked_the_proposer_s_question_about_the_same_image(traine
         assert (asker, role) == ("proposer", "solver")
         step = [records.pop(0) for _ in asked]
         for i, record in enumerate(step):
-            for prompt in prompts[3 * i : 3 * i + 3]:
-                assert tokenizer.decode(prompt).count(f"Question: {record['question']}<|im_end|>") == 1
+            assert tokenizer.decode(prompts[i].input_ids).count(f"Question: {record['question']}<|im_end|>") == 1
+            assert prompts[i].image_inputs is asked[i].image_inputs
     assert not records
 
 
 def test_a_micro_batch_of_n_answers_is_one_whole_group(trained):
     for _, role, batch in trained.batches:
         if role == "solver":
-            assert len(batch["prompt_ids"]) == 3
-            assert len(batch["prompt_ids"].unique(dim=0)) == 1
-            images = batch["pixel_values"].chunk(3)
-            assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+            assert len(batch["completion_ids"]) == 3 and batch["completion_mask"].any(dim=1).all()
+            assert len(batch["packed"].groups) == 1
 
 
 def test_every_process_reads_whole_images_and_none_twice():
@@ -649,7 +643,7 @@ def test_outside_the_agreement_band_nothing_moves_not_by_one_bit(base, tmp_path)
     for step in range(18):
         if step % 6 == 5:
             continue
-        rows = sum(len(batch["prompt_ids"]) for at, _, batch in trainer.batches if at == step)
+        rows = sum(len(batch["completion_ids"]) for at, _, batch in trainer.batches if at == step)
         if step + 1 in inside:
             assert rows == 3 * inside.count(step + 1)
             assert trainer.watch.moved(step)
@@ -708,9 +702,9 @@ def test_extra_votes_count_in_the_vote_and_are_not_trained_on(base, tmp_path):
         assert len(record["answers"]) == 7
         assert [answer["reward"] is not None for answer in record["answers"]] == [True] * 3 + [False] * 4
         assert record["agreement"] * 7 == pytest.approx(max(record["votes"].values(), default=0))
-    solver = [len(ids) for role, ids in trainer.sampled if role == "solver"]
-    assert solver == [14, 14]
-    assert sum(len(batch["prompt_ids"]) for _, role, batch in trainer.batches if role == "solver") == 12
+    solver = [[len(group) for group in ids] for role, ids in trainer.sampled if role == "solver"]
+    assert solver == [[7, 7], [7, 7]]
+    assert sum(len(batch["completion_ids"]) for _, role, batch in trainer.batches if role == "solver") == 12
 
 
 def test_reward_funcs_are_called_as_trl_calls_them_and_added_with_their_weights(base, tmp_path):
@@ -730,7 +724,7 @@ def test_reward_funcs_are_called_as_trl_calls_them_and_added_with_their_weights(
     for trainer in (paid, unpaid):
         trainer.train()
     prompts, completions, completion_ids, question, step = calls[0]
-    assert step == 0 and completion_ids == paid.sampled[1][1]
+    assert step == 0 and completion_ids == sum(paid.sampled[1][1], [])
     assert completions == [[{"role": "assistant", "content": as_speech(ids)}] for ids in completion_ids]
     for i, (with_pay, without) in enumerate(zip(records_of(paid), records_of(unpaid), strict=True)):
         for n, (one, other) in enumerate(zip(with_pay["answers"], without["answers"], strict=True)):
@@ -759,11 +753,12 @@ def test_truncated_completions_are_masked_and_do_not_dilute_the_others(base, tmp
     class EndingTrainer(WatchedTrainer):
         """Every other completion of the solver ends; in its second step none does."""
 
-        def _generate_role(self, role, prompts, seeds):
-            ids = super()._generate_role(role, prompts, seeds)
+        def _generate_role(self, model, role, prompts, seeds):
+            ids = super()._generate_role(model, role, prompts, seeds)
             end = self.processing_class.tokenizer.eos_token_id
+            number = count()
             if role == "proposer" or self.state.global_step == 0:
-                ids = [[*row[:3], end] if i % 2 else row for i, row in enumerate(ids)]
+                ids = [[[*row[:3], end] if next(number) % 2 else row for row in group] for group in ids]
             return ids
 
     trainer = make(base, tmp_path, EndingTrainer, mask_truncated_completions=True, loss_type="dapo")
@@ -855,10 +850,9 @@ def labelled(answers):
 class RehearsedTrainer(WatchedTrainer):
     """Answers labelled questions greedily with 7, and when sampled with 1, 1 and 2."""
 
-    def _generate_role(self, role, prompts, seeds):
-        if self.state.global_step == 0 and not self.model.training:
-            return [[7]] * len(prompts) if seeds is None else [[1], [1], [2]] * (len(prompts) // 3)
-        return super()._generate_role(role, prompts, seeds)
+    def _generate_role(self, model, role, prompts, seeds):
+        assert all(group[0] is None and None not in group[1:] for group in seeds)
+        return [[[7], [1], [1], [2]] for _ in prompts]
 
     def _decode(self, ids):
         return [f"<answer>{row[0]}</answer>" if len(row) == 1 else as_speech(row) for row in ids]

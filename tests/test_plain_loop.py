@@ -39,13 +39,13 @@ ADAPTERS = ("default", "proposer")
 class Recording:
     """Keeps what the two roles were shown and wrote, as plain samples."""
 
-    def _propose(self, rows):
-        prompts, ids, texts, questions = super()._propose(rows)
+    def _propose(self, model, rows, prompts):
+        ids, texts, questions = super()._propose(model, rows, prompts)
         self.asked = [self._sample(*parts) for parts in zip(prompts, ids, texts, strict=True)]
-        return prompts, ids, texts, questions
+        return ids, texts, questions
 
-    def _solve(self, rows, questions):
-        prompts, ids, texts = super()._solve(rows, questions)
+    def _solve(self, *args):
+        prompts, ids, texts = super()._solve(*args)
         answers = [
             [self._sample(p, *pair) for pair in zip(*g, strict=True)]
             for p, *g in zip(prompts, ids, texts, strict=True)

@@ -12,6 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +24,15 @@ from tiny_models import tiny_qwen2_5_vl, tiny_qwen3_vl
 from transformers import AutoModelForImageTextToText, BatchFeature, GenerationConfig
 
 from evolmm_trl import RolePrompts, load_processor
-from evolmm_trl.rollout.samples import Sample, collate_prompts, collate_samples, encode_prompts, split_evenly
+from evolmm_trl.rollout.samples import (
+    ProposerCollator,
+    Sample,
+    collate_prompts,
+    collate_samples,
+    encode_about,
+    encode_prompts,
+    split_evenly,
+)
 from evolmm_trl.state import load_samples, save_samples
 
 
@@ -92,10 +102,11 @@ def assert_close(actual, expected):
 def assert_equal_prompts(one, other):
     assert one.input_ids.equal(other.input_ids)
     assert one.mm_token_type_ids.equal(other.mm_token_type_ids)
-    assert one.image_inputs.keys() == other.image_inputs.keys()
-    for name in one.image_inputs:
-        assert one.image_inputs[name].dtype == other.image_inputs[name].dtype
-        assert one.image_inputs[name].equal(other.image_inputs[name])
+    for tensors, others in ((one.image_inputs, other.image_inputs), (one.features or {}, other.features or {})):
+        assert tensors.keys() == others.keys()
+        for name in tensors:
+            assert tensors[name].dtype == others[name].dtype
+            assert tensors[name].equal(others[name])
 
 
 # Encoding
@@ -151,6 +162,55 @@ def test_a_processor_with_one_row_per_image_is_taken_apart_by_rows(processor):
     batch = collate_prompts(encoded, PAD)
     assert batch["pixel_values"].equal(torch.arange(12.0).view(4, 3))
     assert batch.keys() == {"input_ids", "attention_mask", "pixel_values"}
+
+
+# Images preprocessed once
+
+
+def test_another_conversation_about_an_image_is_encoded_as_the_processor_would(processor, monkeypatch):
+    conversations = [RolePrompts().solver_messages(question) for question in QUESTIONS]
+    expected = encode_prompts(processor, conversations, images())
+    first = [
+        replace(prompt, features={"image": torch.full((2, 3), float(i))}) for i, prompt in enumerate(encode(processor))
+    ]
+    monkeypatch.setattr(type(processor.image_processor), "__call__", None)  # is not asked again
+    again = encode_about(processor, conversations, first, images())
+    for i in range(4):
+        assert_equal_prompts(replace(again[i], features=None), expected[i])
+        assert again[i].image_inputs is first[i].image_inputs and again[i].features is first[i].features
+
+
+def test_a_processor_of_another_layout_is_asked_again(processor):
+    class OneRowPerImage(type(processor)):
+        def __call__(self, *args, **kwargs):
+            encoded = dict(super().__call__(*args, **kwargs))
+            del encoded["image_grid_thw"], encoded["mm_token_type_ids"]
+            return BatchFeature({**encoded, "pixel_values": torch.arange(12.0).view(4, 3)})
+
+    other = OneRowPerImage(processor.image_processor, processor.tokenizer, chat_template=processor.chat_template)
+    conversations = [RolePrompts().solver_messages(question) for question in QUESTIONS]
+    again = encode_about(other, conversations, encode(other), images())
+    for prompt, expected in zip(again, encode_prompts(other, conversations, images()), strict=True):
+        assert prompt.input_ids.equal(expected.input_ids)
+
+
+def test_the_collator_gives_every_row_the_proposer_s_prompt(processor):
+    messages = RolePrompts().proposer_messages()
+    rows = [{"image": image, "image_id": i} for i, image in enumerate(images())]
+    collator = pickle.loads(pickle.dumps(ProposerCollator(processor, messages)))  # as a spawned worker gets it
+    collated = collator(rows)
+    for row, before, expected in zip(collated, rows, encode_prompts(processor, [messages] * 4, images()), strict=True):
+        assert_equal_prompts(row.pop("prompt"), expected)
+        assert row == before
+    assert collator([]) == []
+
+
+def test_a_prompt_without_pixels_keeps_its_features_alone(processor):
+    prompt = encode(processor)[0]
+    assert prompt.without_pixels() is prompt  # there is nothing else to know the image by
+    features = {"image": torch.rand(4, 8)}
+    kept = replace(prompt, features=features).without_pixels()
+    assert kept.image_inputs.keys() == {"image_grid_thw"} and kept.features["image"].equal(features["image"])
 
 
 # Collating
@@ -244,7 +304,8 @@ def test_a_split_keeps_all_samples_in_order_in_parts_that_differ_by_at_most_one(
 
 
 def test_samples_come_back_from_disk_as_they_were(samples, tmp_path):
-    many = samples * 3  # more than ten, whose names begin alike
+    seen = replace(samples[0].prompt.without_pixels(), features={"image": torch.rand(4, 8).bfloat16()})
+    many = samples * 3 + [replace(samples[0], prompt=seen)]  # more than ten, whose names begin alike
     save_samples(many, tmp_path / "samples.safetensors")
     loaded = load_samples(tmp_path / "samples.safetensors")
     assert len(loaded) == len(many)

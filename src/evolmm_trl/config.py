@@ -76,6 +76,10 @@ class EvoLMMConfig(GRPOConfig):
             With `peft_config`: `"separate"` adapters for the two roles (EvoLMM), or one `"shared"` by both.
         freeze_vision_tower (`bool`, *optional*, defaults to `True`):
             Keep the vision tower (projector included) as it is: no LoRA layers in it and no training of its weights.
+        shared_prefix (`bool`, *optional*, defaults to `True`):
+            Compute what the answers to one question share once: the image's way through the frozen vision tower, the
+            prompt's encoding for generation, and the prompt in the policy's and the reference's forward. Exact, for
+            Qwen2.5-VL and Qwen3-VL; other models take the plain path. `False`: the plain path, a row per answer.
         beta (`float`, *optional*, defaults to `0.001`):
             Weight of the KL penalty against the frozen base at the start (EvoLMM's code: 1e-3). 0: no reference model.
         adaptive_kl (`bool`, *optional*, defaults to `True`):
@@ -193,6 +197,10 @@ class EvoLMMConfig(GRPOConfig):
     )
     freeze_vision_tower: bool = field(
         default=True, metadata={"help": "Keep the vision tower, projector included, as it is."}
+    )
+
+    shared_prefix: bool = field(
+        default=True, metadata={"help": "Compute once what the answers to one question share."}
     )
 
     # KL

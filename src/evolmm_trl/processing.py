@@ -29,6 +29,7 @@ from transformers.utils import cached_file, is_torchvision_available
 
 logger = logging.getLogger(__name__)
 
+_PICKLED = "_ImageOnly"
 _HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
@@ -65,9 +66,21 @@ class _ImageOnlyMixin:
 
 
 def _image_only(stock: type, video_processor_type: str) -> type:
-    # It bears the stock name, since that name is what `save_pretrained` writes as `processor_class`.
-    members = {"_video_processor_type": video_processor_type, "__module__": __name__, "__doc__": stock.__doc__}
+    # It bears the stock name, since that name is what `save_pretrained` writes as `processor_class`; it is pickled, for
+    # workers of a data loader, by the other
+    members = {
+        "_video_processor_type": video_processor_type,
+        "__module__": __name__,
+        "__qualname__": f"{_PICKLED}{stock.__name__}",
+        "__doc__": stock.__doc__,
+    }
     return type(stock.__name__, (_ImageOnlyMixin, stock), members)
+
+
+def __getattr__(name: str) -> type:
+    if name.startswith(_PICKLED):
+        return _image_only_processors()[name.removeprefix(_PICKLED)]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @lru_cache(maxsize=1)

@@ -41,6 +41,8 @@ def save_samples(samples: Sequence[Sample], file: Path) -> None:
             tensors[f"{i}.mm_token_type_ids"] = sample.prompt.mm_token_type_ids
         for name, tensor in sample.prompt.image_inputs.items():
             tensors[f"{i}.image.{name}"] = tensor
+        for name, tensor in (sample.prompt.features or {}).items():
+            tensors[f"{i}.features.{name}"] = tensor
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, file)
 
 
@@ -58,11 +60,15 @@ def load_samples(file: Path) -> list[Sample]:
     tensors = load_file(file)
     samples = []
     for i, advantage in enumerate(tensors["advantages"].tolist()):
-        prefix = f"{i}.image."
         prompt = EncodedPrompt(
             input_ids=tensors[f"{i}.input_ids"],
             mm_token_type_ids=tensors.get(f"{i}.mm_token_type_ids"),
-            image_inputs={name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)},
+            image_inputs=_under(f"{i}.image.", tensors),
+            features=_under(f"{i}.features.", tensors) or None,
         )
         samples.append(Sample(prompt, tensors[f"{i}.completion_ids"], advantage))
     return samples
+
+
+def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

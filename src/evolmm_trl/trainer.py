@@ -19,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -68,16 +69,26 @@ from .role_adapters import (
     role_optimizer,
     vision_tower_name,
 )
-from .rollout.generation import generate, sample_seed
+from .rollout.generation import generate, generate_shared, sample_seed, why_not_generated_shared
 from .rollout.samples import (
     EncodedPrompt,
+    ProposerCollator,
     Sample,
-    collate_prompts,
+    collate_completions,
     collate_samples,
+    encode_about,
     encode_prompts,
     split_evenly,
 )
 from .schedule import PROPOSER, ROLES, SOLVER, RoleSchedule, RolloutSampler, RolloutStream
+from .shared_prefix import (
+    base_model,
+    install_shared_attention,
+    pack_groups,
+    packed_logps,
+    why_not_shared,
+    with_features,
+)
 from .state import load_samples, save_samples
 from .voting import Vote, vote
 
@@ -88,6 +99,9 @@ STATE_NAME = "evolmm_state.json"
 # Losses that TRL averages over the rows of a micro-batch. The others it already normalises over the whole step, but for
 # "bnpo", which is by its definition the mean over the tokens of a micro-batch
 _ROW_MEAN_LOSSES = ("grpo", "dr_grpo", "sapo", "luspo")
+# Largest mean difference, in nats per token, between the log-probs of the shared-prefix forward and of the plain one.
+# In float32 it is about 1e-6, in bfloat16 about 1e-2; a wrong mask or position makes it 0.1 and more
+_SHARED_PREFIX_TOLERANCE = {"full": 1e-3, "half": 5e-2}
 
 
 class EvoLMMTrainer(GRPOTrainer):
@@ -221,6 +235,7 @@ class EvoLMMTrainer(GRPOTrainer):
         if not reward_funcs:
             self.reward_funcs, self.reward_func_names, self.reward_processing_classes = [], [], []
         self._set_up_roles(lora_configs, tower_name)
+        self._set_up_sharing(tower_name)
         # Read once here, so that a missing column or an empty dataset is said now and not after the model is sharded
         self._images = readable_images(self._shuffled(train_dataset), max_pixels=args.max_pixels)
 
@@ -230,8 +245,10 @@ class EvoLMMTrainer(GRPOTrainer):
         self.baselines = {role: EMABaseline(args.baseline_momentum) for role in ROLES}
         self.rollout_log = RolloutLog(Path(args.output_dir) / "rollouts.jsonl")
         self._pending_questions: list[Sample] = []  # asked since the proposer's last step
-        self._micro_batches: list[list[Sample | None]] = []  # of the current optimizer step
+        self._micro_batches: list[list[_Part]] = []  # of the current optimizer step
+        self._packed = None  # the groups of the current forward, for `_get_per_token_logps_and_entropies`
         self._step_seconds: defaultdict[str, float] = defaultdict(float)  # of the current optimizer step, by stage
+        self._first_batch_checked: set[str] = set()
         self._first_step_checked: set[str] = set()
         if eval_dataset is not None:
             # The untrained model's scores: what later ones are compared with, and whether the vote is ahead of greedy
@@ -276,6 +293,34 @@ class EvoLMMTrainer(GRPOTrainer):
         elif self.args.freeze_vision_tower:
             model.get_submodule(tower_name).requires_grad_(False)
         self.roles = RoleAdapters(model)
+
+    def _set_up_sharing(self, tower_name: str) -> None:
+        """What is computed once for all samples of a group, and for both roles."""
+        self._share_prefix = self._share_features = self._share_prefill = False
+        self._sharing_verified = False
+        if not self.args.shared_prefix:
+            return
+        reason = why_not_shared(self.model)
+        if reason is not None:
+            logger.warning(
+                "The prompt is computed once per answer rather than once per question: %s. Set `shared_prefix=False` to "
+                "silence this.",
+                reason,
+            )
+            return
+        models = (
+            [self.model] if self.ref_model is None else [self.model, self.accelerator.unwrap_model(self.ref_model)]
+        )
+        for model in models:
+            install_shared_attention(model)
+        self._share_prefix = True
+        tower = base_model(self.model).get_submodule(tower_name)
+        self._share_features = not any(parameter.requires_grad for parameter in tower.parameters())
+        reason = why_not_generated_shared(self.generation_config)
+        if reason is None:
+            self._share_prefill = True
+        else:
+            logger.warning("Generation encodes the prompt once per answer rather than once per question: %s.", reason)
 
     def _adaptive_kl(self, role: str) -> AdaptiveKL:
         args = self.args
@@ -349,7 +394,11 @@ class EvoLMMTrainer(GRPOTrainer):
             "world_size": self.accelerator.num_processes,
         }
         workers = self.args.dataloader_num_workers
-        options = {"collate_fn": list, "pin_memory": False}
+        # Images are preprocessed here, in the loader's workers
+        collator = ProposerCollator(
+            self.processing_class, self.prompts.proposer_messages(), **self.chat_template_kwargs
+        )
+        options = {"collate_fn": collator, "pin_memory": False}
         if isinstance(self._images, ReadableImageStream):
             if workers > 1:
                 logger.warning("A stream is read by one worker, not %d, to keep its order.", workers)
@@ -377,10 +426,10 @@ class EvoLMMTrainer(GRPOTrainer):
         if self._step % micro_batches == 0:
             self._begin_step(inputs)
         self.roles.activate(self.role)  # stays until after the backward, which may recompute the forward
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.device.type != "cpu":
-            torch.accelerator.synchronize()  # for the timing; the parent reads the loss next, and waits too
-        self._step_seconds["update"] += time.perf_counter() - self._update_started
+        reference = self._step_seconds["reference"]
+        with self._timed("update"):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_seconds["update"] -= self._step_seconds["reference"] - reference
         if self._step % micro_batches == 0:  # the parent has counted this micro-batch
             self._end_step()
         return loss
@@ -397,10 +446,14 @@ class EvoLMMTrainer(GRPOTrainer):
     def _roll_out(self, rows: list[dict]) -> list[Sample]:
         """Images to the solver's samples; the questions wait for the proposer's step."""
         args = self.args
-        with self._timed("propose"):
-            question_prompts, question_ids, question_texts, questions = self._propose(rows)
-        with self._timed("solve"):
-            answer_prompts, answer_ids, completions = self._solve(rows, questions)
+        with self._sampling() as model:
+            with self._timed("propose"):
+                question_prompts = [row["prompt"] for row in rows]
+                if self._share_features:
+                    question_prompts = with_features(model, question_prompts)
+                question_ids, question_texts, questions = self._propose(model, rows, question_prompts)
+            with self._timed("solve"):
+                answer_prompts, answer_ids, completions = self._solve(model, rows, question_prompts, questions)
         answers = [[read_answer(text) for text in group] for group in completions]
         votes = [vote([canonical_answer(answer.text) for answer in group]) for group in answers]
         solver, proposer = self._rewards(questions, answers, votes)
@@ -430,7 +483,7 @@ class EvoLMMTrainer(GRPOTrainer):
         self._record(rollouts, rows)
         if args.train_proposer:
             self._pending_questions += [
-                Sample(prompt, torch.tensor(ids), advantage)
+                Sample(prompt.without_pixels() if self._sharing_verified else prompt, torch.tensor(ids), advantage)
                 for prompt, ids, advantage in zip(question_prompts, question_ids, proposer_advantages, strict=True)
             ]
         samples = [
@@ -443,30 +496,28 @@ class EvoLMMTrainer(GRPOTrainer):
         self._spare_sample = samples[0][0]
         return [sample for group, chosen in zip(samples, trained, strict=True) if chosen for sample in group]
 
-    def _propose(self, rows: list[dict]) -> tuple[list[EncodedPrompt], list[list[int]], list[str], list[Question]]:
+    def _propose(
+        self, model, rows: list[dict], prompts: list[EncodedPrompt]
+    ) -> tuple[list[list[int]], list[str], list[Question]]:
         """One question per image."""
-        conversations = [self.prompts.proposer_messages()] * len(rows)
-        prompts = self._encode(conversations, rows)
-        seeds = self._seeds(PROPOSER, rows, 1)
-        ids = self._generate_role(PROPOSER, prompts, seeds)
+        ids = [group[0] for group in self._generate_role(model, PROPOSER, prompts, self._seeds(PROPOSER, rows, 1))]
         texts = self._decode(ids)
         questions = [
             read_question(text, self.prompts.default_question, self._tokenizer.all_special_tokens) for text in texts
         ]
-        return prompts, ids, texts, questions
+        return ids, texts, questions
 
     def _solve(
-        self, rows: list[dict], questions: list[Question]
+        self, model, rows: list[dict], question_prompts: list[EncodedPrompt], questions: list[Question]
     ) -> tuple[list[EncodedPrompt], list[list[list[int]]], list[list[str]]]:
         """N answers, and the extra votes, per question."""
-        votes = self.args.num_votes
         conversations = [self.prompts.solver_messages(question.text) for question in questions]
-        prompts = self._encode(conversations, rows)
-        seeds = self._seeds(SOLVER, rows, votes)
-        ids = self._generate_role(SOLVER, [prompt for prompt in prompts for _ in range(votes)], seeds)
-        texts = self._decode(ids)
-        groups = [slice(i * votes, (i + 1) * votes) for i in range(len(rows))]
-        return prompts, [ids[group] for group in groups], [texts[group] for group in groups]
+        images = [row["image"] for row in rows]
+        prompts = encode_about(
+            self.processing_class, conversations, question_prompts, images, **self.chat_template_kwargs
+        )
+        ids = self._generate_role(model, SOLVER, prompts, self._seeds(SOLVER, rows, self.args.num_votes))
+        return prompts, ids, [self._decode(group) for group in ids]
 
     def _rewards(
         self, questions: list[Question], answers: list[list], votes: list[Vote]
@@ -533,47 +584,74 @@ class EvoLMMTrainer(GRPOTrainer):
         return (rewards - baseline).tolist()
 
     def _set_step_samples(self, samples: list[Sample]) -> None:
-        """The role batch: all samples of the step, over its micro-batches."""
-        # Every process must run the same forwards, of as many rows, since TRL gathers metrics by row: those that a process
-        # has fewer of than another are filled up with rows that do not count
-        most = max(gather_object([len(samples)]))
-        rows = [*samples, *[None] * (most - len(samples))]
-        self._micro_batches = split_evenly(rows, self.args.gradient_accumulation_steps)
-        counted = [sample for sample in samples if self._counts(sample)]
-        local = torch.tensor(
-            [
-                len(samples),
-                sum(sample.completion_ids.numel() for sample in counted),
-                sum(sample.advantage != 0 for sample in counted),
-            ],
-            device=self.accelerator.device,
-        )
-        self._step_rows, self._step_tokens, self._step_advantages = self.accelerator.reduce(
-            local, reduction="sum"
-        ).tolist()
+        """The role batch: all samples of the step, over its micro-batches and their parts."""
+        tokens = [sample.completion_ids.numel() if self._counts(sample) else 0 for sample in samples]
+        advantages = sum(sample.advantage != 0 for sample, count in zip(samples, tokens, strict=True) if count)
+        everywhere = gather_object([(tokens, advantages)])
+        self._step_rows = sum(len(tokens) for tokens, _ in everywhere)
+        self._step_tokens = sum(sum(tokens) for tokens, _ in everywhere)
+        self._step_advantages = sum(advantages for _, advantages in everywhere)
         self._step_kl = 0.0
         if samples:
             self._spare_sample = samples[0]
+
+        # Every process must run the same forwards, of as many rows, since TRL gathers metrics by row: those that a process
+        # has fewer of than another are filled up with rows that do not count
+        most = max(len(tokens) for tokens, _ in everywhere)
+
+        def parts(rows: list) -> list[list[list]]:
+            rows = [*rows, *[None] * (most - len(rows))]
+            group_size = self.args.num_generations if self.role == SOLVER else 1
+            micro_batches = split_evenly(rows, self.args.gradient_accumulation_steps, group_size)
+            # The proposer has a prompt per row: as many of them at a time as the solver has, lest it need more memory
+            most_rows = self.args.per_device_train_batch_size
+            if self.role == PROPOSER:
+                most_rows = max(1, most_rows // self.args.num_generations)
+            most_rows = max(most_rows, group_size)
+            return [[m[i : i + most_rows] for i in range(0, len(m), most_rows)] or [[None]] for m in micro_batches]
+
+        counts = [parts(tokens) for tokens, _ in everywhere]
+        self._micro_batches = [
+            [
+                _Part(part, sum(count or 0 for process in counts for count in process[i][j]))
+                for j, part in enumerate(micro_batch)
+            ]
+            for i, micro_batch in enumerate(parts(samples))
+        ]
 
     def _counts(self, sample: Sample) -> bool:
         """Whether a sample's tokens are trained on: with `mask_truncated_completions`, only if it has ended."""
         return not self.mask_truncated_completions or sample.completion_ids[-1].item() in self.eos_token_ids
 
-    def _prepare_inputs(self, inputs):
-        """The padded tensors of the current micro-batch, with the reference's log-probs."""
-        rows = self._micro_batches[self._step % self.args.gradient_accumulation_steps] or [None]
-        counts = [sample is not None and self._counts(sample) for sample in rows]
-        samples = [self._spare_sample if sample is None else sample for sample in rows]
-        batch = self._to_device(collate_samples(samples, self._tokenizer.pad_token_id))
-        batch["completion_mask"] *= torch.tensor(counts, device=self.accelerator.device)[:, None]
-        batch["num_items_in_batch"] = torch.tensor(self._step_tokens, device=self.accelerator.device)
-        if self.role not in self._first_step_checked and self._step_tokens:
-            self._check_image_reaches_loss(batch)
+    def _prepare_inputs(self, inputs) -> "list[_Part]":
+        """The parts of the current micro-batch."""
+        return self._micro_batches[self._step % self.args.gradient_accumulation_steps]
+
+    def _batch(self, part: "_Part") -> dict:
+        """The tensors that TRL's loss reads, with the reference's log-probs."""
+        counts = [sample is not None and self._counts(sample) for sample in part.samples]
+        samples = [self._spare_sample if sample is None else sample for sample in part.samples]
+        if self.role not in self._first_batch_checked and part.tokens:
+            self._check_first_batch(samples, counts)
+            self._first_batch_checked.add(self.role)
+        batch = self._collate(samples, counts, shared=self._share_prefix)
         if self.kl[self.role].beta != 0.0:
             with self._timed("reference"), torch.no_grad():
                 batch["ref_per_token_logps"] = self._reference_logps(batch)
-        self._update_started = time.perf_counter()
         return batch
+
+    def _collate(self, samples: list[Sample], counts: list[bool], shared: bool) -> dict:
+        pad_token_id = self._tokenizer.pad_token_id
+        if shared:
+            batch = collate_completions(samples, pad_token_id)
+            # TRL joins prompts and completions, and only the completions are read
+            batch["prompt_ids"] = batch["prompt_mask"] = batch["completion_ids"][:, :0]
+            batch["packed"] = pack_groups(self.model, samples, counts)
+        else:
+            batch = collate_samples(samples, pad_token_id)
+        batch["completion_mask"] *= torch.tensor(counts)[:, None]
+        batch["num_items_in_batch"] = torch.tensor(self._step_tokens)
+        return self._to_device(batch)
 
     def _reference_logps(self, batch: dict) -> torch.Tensor:
         """Log-probs of the frozen base: the model without any role's adapter, or TRL's reference model."""
@@ -582,20 +660,10 @@ class EvoLMMTrainer(GRPOTrainer):
             return self._completion_logps(self.model if self.ref_model is None else self.ref_model, batch)
 
     def _completion_logps(self, model, batch: dict) -> torch.Tensor:
-        """Log-probs of the completion tokens, of shape (rows, C), from TRL's forward."""
-        forward_args = {
-            name: value
-            for name, value in batch.items()
-            if name
-            not in (
-                "prompt_ids",
-                "prompt_mask",
-                "completion_ids",
-                "completion_mask",
-                "advantages",
-                "num_items_in_batch",
-            )
-        }
+        """Log-probs of the completion tokens, of shape (rows, C)."""
+        others = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")
+        forward_args = {name: value for name, value in batch.items() if name not in (*others, "packed")}
+        self._packed = batch.get("packed")
         return self._get_per_token_logps_and_entropies(
             model,
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
@@ -604,24 +672,58 @@ class EvoLMMTrainer(GRPOTrainer):
             **forward_args,
         )[0]
 
+    def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy=False, **kwargs):
+        """TRL's forward, a row per sample, or that of the packed groups."""
+        packed, self._packed = self._packed, None
+        if packed is None:
+            return super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=compute_entropy, **kwargs)
+        with self.accelerator.autocast():
+            logps, entropies = packed_logps(model, packed, compute_entropy)
+        return logps, entropies, None
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's loss with the active role's beta, as the mean over all samples of the step whatever its micro-batches."""
+        """The loss of a micro-batch. All of its parts but the last go backward here, so that one is held at a time."""
+        *parts, last = inputs
+        loss = torch.zeros((), device=self.accelerator.device)
+        for part in parts:
+            with self._accumulating(model):
+                part_loss = self._part_loss(model, part)
+                options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+                self.accelerator.backward(part_loss, **options)
+            loss += part_loss.detach()
+        return loss + self._part_loss(model, last)
+
+    @contextmanager
+    def _accumulating(self, model) -> Iterator[None]:
+        """A backward within, whose gradients are not yet exchanged between processes nor stepped on."""
+        if not self.accelerator.sync_gradients:
+            yield  # so it is already, for the whole micro-batch
+            return
+        state = self.accelerator.gradient_state
+        state._set_sync_gradients(False)
+        try:
+            with nullcontext() if self.is_deepspeed_enabled else self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(True)
+
+    def _part_loss(self, model, part: "_Part") -> torch.Tensor:
+        """TRL's loss with the active role's beta, as the mean over all samples of the step."""
+        batch = self._batch(part)
         self.beta = self.kl[self.role].beta
         train_metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._packed = batch.pop("packed", None)
+        loss = super().compute_loss(model, batch)
         role_metrics, self._metrics["train"] = self._metrics["train"], train_metrics
-        kl = role_metrics.pop("kl", [0.0])[0]  # of this micro-batch; the step's is logged at its end
+        kl = role_metrics.pop("kl", [0.0])[0]  # of this part; the step's is logged at its end
         for name, values in role_metrics.items():
             train_metrics[f"{self.role}/{name}"].extend(values)
         if self._step_tokens == 0:
             return loss
-        if self.beta != 0.0:
-            tokens = self.accelerator.reduce(inputs["completion_mask"].sum(), reduction="sum").item()
-            self._step_kl += kl * tokens / self._step_tokens
+        self._step_kl += kl * part.tokens / self._step_tokens
         if self.loss_type in _ROW_MEAN_LOSSES:
-            rows = inputs["completion_mask"].size(0)
             micro_batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
-            loss = loss * (rows * micro_batches / self._step_rows)
+            loss = loss * (len(part.samples) * micro_batches / self._step_rows)
         return loss
 
     def _end_step(self) -> None:
@@ -654,40 +756,73 @@ class EvoLMMTrainer(GRPOTrainer):
         return grad_norm
 
     @torch.no_grad()
-    def _check_image_reaches_loss(self, batch: dict) -> None:
-        """Fails if the log-probs that the loss is made of do not depend on the image."""
-        if "pixel_values" not in batch:
-            raise RuntimeError(
-                f"The batch of the {self.role}'s first step holds no `pixel_values` but {sorted(batch)}: the policy gradient "
-                "would not see the image."
-            )
+    def _check_first_batch(self, samples: list[Sample], counts: list[bool]) -> None:
+        """
+        Fails if the log-probs that the loss is made of do not depend on the image. Falls back to the plain forward, with
+        a warning, if the shared prefix does not give the plain forward's.
+        """
         # Without dropout, which would make any two forwards differ and shift the random stream of a resumed run
         self.model.eval()
-        other = self._completion_logps(self.model, {**batch, "pixel_values": 1.0 - batch["pixel_values"]})
-        seen = self._completion_logps(self.model, batch)
-        self.model.train()
-        mask = batch["completion_mask"].bool()
-        if mask.any() and torch.equal(seen[mask], other[mask]):
+        mask = self._to_device(collate_completions(samples, self._tokenizer.pad_token_id))["completion_mask"].bool()
+        mask &= torch.tensor(counts, device=mask.device)[:, None]
+        has_pixels = all("pixel_values" in sample.prompt.image_inputs for sample in samples)
+
+        def logps(samples: list[Sample], shared: bool) -> torch.Tensor:
+            return self._completion_logps(self.model, self._collate(samples, counts, shared))[mask]
+
+        if self._share_prefix and not self._sharing_verified and has_pixels:
+            difference = (logps(samples, True) - logps(samples, False)).abs().sum() / mask.sum().clamp(min=1)
+            difference = self.accelerator.gather(difference).max().item()
+            half = self.accelerator.mixed_precision != "no" or self.model.dtype != torch.float32
+            self._sharing_verified = difference <= _SHARED_PREFIX_TOLERANCE["half" if half else "full"]
+            if not self._sharing_verified:
+                logger.warning(
+                    "The shared-prefix forward does not give the plain forward's log-probs: their mean difference is %.2g "
+                    "per token. The plain path is taken from here on, for this run.",
+                    difference,
+                )
+                self._share_prefix = self._share_features = self._share_prefill = False
+        shared = self._share_prefix
+        if not shared and not has_pixels:
+            raise RuntimeError(
+                f"The batch of the {self.role}'s first step holds no `pixel_values` but "
+                f"{sorted(samples[0].prompt.image_inputs)}: the policy gradient would not see the image."
+            )
+        with self._sampling() as model:
+            others = self._with_other_images(model, samples)
+        if mask.any() and torch.equal(logps(samples, shared), logps(others, shared)):
             raise RuntimeError(
                 f"The {self.role}'s log-probs do not change with the image: the policy gradient would not see it. Check "
                 "that the chat template places the image and the processor returns it."
             )
+        self.model.train()
+
+    def _with_other_images(self, model, samples: list[Sample]) -> list[Sample]:
+        """The samples with the negatives of their images, one prompt per group as before."""
+        prompts = {id(sample.prompt): sample.prompt for sample in samples}
+        others = []
+        for prompt in prompts.values():
+            inputs = {k: 1.0 - v if k == "pixel_values" else v for k, v in prompt.image_inputs.items()}
+            features = None if prompt.features is None else {k: 1.0 - v for k, v in prompt.features.items()}
+            others.append(replace(prompt, image_inputs=inputs, features=features))
+        if all(prompt.features is not None and "pixel_values" in prompt.image_inputs for prompt in others):
+            others = with_features(model, others)
+        others = dict(zip(prompts, others, strict=True))
+        return [replace(sample, prompt=others[id(sample.prompt)]) for sample in samples]
 
     # ------------------------------------------------------------------------------------------------------------
     # Generation
 
-    def _encode(self, conversations: list[list[dict]], rows: list[dict]) -> list[EncodedPrompt]:
-        images = [row["image"] for row in rows]
-        return encode_prompts(self.processing_class, conversations, images, **self.chat_template_kwargs)
-
     def _decode(self, ids: list[list[int]]) -> list[str]:
         return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    def _seeds(self, role: str, rows: list[dict], samples: int) -> list[int]:
+    def _seeds(self, role: str, rows: list[dict], samples: int) -> list[list[int]]:
         """One seed per image and sample, the same however the images are spread over processes."""
         first = self.accelerator.process_index * len(rows)  # the rows' place in the rollout of all processes
         key = (self.args.seed, self.state.global_step, role)
-        return [sample_seed(*key, first + i, row["image_id"], n) for i, row in enumerate(rows) for n in range(samples)]
+        return [
+            [sample_seed(*key, first + i, row["image_id"], n) for n in range(samples)] for i, row in enumerate(rows)
+        ]
 
     def _generation_config(self, role: str) -> GenerationConfig:
         config = GenerationConfig.from_dict(self.generation_config.to_dict())
@@ -699,15 +834,12 @@ class EvoLMMTrainer(GRPOTrainer):
         config.suppress_tokens = sorted(placeholders | set(config.suppress_tokens or []))
         return config
 
-    def _generate_role(
-        self, role: str, prompts: Sequence[EncodedPrompt], seeds: Sequence[int] | None
-    ) -> list[list[int]]:
-        """One completion per prompt by one role, sampled with one seed per row, or greedy without seeds."""
-        batch = self._to_device(collate_prompts(prompts, self._tokenizer.pad_token_id))
+    @contextmanager
+    def _sampling(self) -> Iterator[PreTrainedModel | PeftModel]:
+        """The unwrapped model to sample from."""
         training = self.model.training
         self.model.eval()  # without dropout: the policy that is sampled is the one that is trained
         with (
-            self.roles.using(role),
             unwrap_model_for_generation(
                 self.model_wrapped,
                 self.accelerator,
@@ -717,9 +849,16 @@ class EvoLMMTrainer(GRPOTrainer):
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
             self.compute_loss_context_manager(),
         ):
-            ids = generate(model, batch, self._generation_config(role), seeds)
+            yield model
         self.model.train(training)
-        return ids
+
+    def _generate_role(
+        self, model, role: str, prompts: Sequence[EncodedPrompt], seeds: Sequence[Sequence[int | None]]
+    ) -> list[list[list[int]]]:
+        """One completion by one role per seed of each prompt; greedy where the seed is `None`."""
+        with self.roles.using(role):
+            sample = generate_shared if self._share_prefill else generate
+            return sample(model, prompts, seeds, self._generation_config(role))
 
     def _to_device(self, batch: dict) -> dict:
         device = self.accelerator.device
@@ -761,6 +900,8 @@ class EvoLMMTrainer(GRPOTrainer):
     def _timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        if self.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()
         self._step_seconds[name] += time.perf_counter() - start
 
     # ------------------------------------------------------------------------------------------------------------
@@ -798,17 +939,21 @@ class EvoLMMTrainer(GRPOTrainer):
         scores: list[Scores] = []
         for rows in dataloader:
             questions = [without_marks(str(row["question"]), self._tokenizer.all_special_tokens) for row in rows]
-            prompts = self._encode([self.prompts.solver_messages(question) for question in questions], rows)
-            greedy = self._decode(self._generate_role(SOLVER, prompts, None))
+            prompts = encode_prompts(
+                self.processing_class,
+                [self.prompts.solver_messages(question) for question in questions],
+                [row["image"] for row in rows],
+                **self.chat_template_kwargs,
+            )
             seeds = [
-                sample_seed(self.args.seed, "eval", row["image_id"], row["question"], i)
+                [None, *(sample_seed(self.args.seed, "eval", row["image_id"], row["question"], i) for i in range(n))]
                 for row in rows
-                for i in range(n)
             ]
-            repeated = [prompt for prompt in prompts for _ in range(n)]
-            sampled = self._decode(self._generate_role(SOLVER, repeated, seeds))
-            for i, row in enumerate(rows):
-                scores.append(score_answers(str(row["answer"]), greedy[i], sampled[i * n : (i + 1) * n]))
+            with self._sampling() as model:
+                ids = self._generate_role(model, SOLVER, prompts, seeds)
+            for row, group in zip(rows, ids, strict=True):
+                greedy, *sampled = self._decode(group)
+                scores.append(score_answers(str(row["answer"]), greedy, sampled))
         scores = gather_object(scores)
         if not scores:
             raise ValueError("`eval_dataset` has no rows; leave it out or add labelled questions.")
@@ -894,6 +1039,22 @@ class EvoLMMTrainer(GRPOTrainer):
         )
         if self.accelerator.is_main_process:
             self.rollout_log.resume(state["rollout_log_bytes"])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """
+    Rows of a micro-batch that are computed at a time.
+
+    Args:
+        samples (`list[Sample or None]`):
+            This process's rows; `None` where another process has one more.
+        tokens (`int`):
+            Completion tokens that count, over all processes.
+    """
+
+    samples: list[Sample | None]
+    tokens: int
 
 
 class _RolloutLoader(DataLoader):
