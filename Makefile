@@ -2,6 +2,10 @@ PYTHON ?= python3
 PY := .venv/bin/python
 BASES := room narrow noisy
 
+# Tensors come and go, and on a virtual machine every fresh page is dear: memory in huge pages. Without effect elsewhere.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+export PYTHONMALLOC ?= malloc
+
 .PHONY: venv demo demo-model experiments test lint format
 
 venv: .venv/.installed
@@ -36,3 +40,13 @@ lint: venv
 format: venv
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
+
+.PHONY: bench bench-gpu
+THREADS ?= 2
+
+bench: venv
+	OMP_NUM_THREADS=$(THREADS) $(PY) benchmarks/bench.py --output docs/benchmarks/cpu
+
+# Needs a GPU.
+bench-gpu: venv
+	$(PY) benchmarks/bench_gpu.py --output docs/benchmarks/gpu

@@ -170,6 +170,7 @@ def test_a_group_of_which_nothing_counts_still_runs_and_gives_zeros(settings_of)
     setting = settings_of["qwen3_vl"]
     (prompt,) = setting.prompts([(56, 56)])
     samples = [Sample(prompt, torch.arange(20, 25), 0.0)] * 2
+    setting.model.zero_grad()
     setting.model.train()
     logps, entropies = packed_logps(setting.model, pack_groups(setting.model, samples, [False, False]), entropy=True)
     (logps.sum() + entropies.sum()).backward()

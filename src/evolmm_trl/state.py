@@ -12,8 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Samples on disk: the questions that wait for the proposer's step, in safetensors."""
+"""Checkpoints: which are complete, and the questions that wait for the proposer's step, in safetensors."""
 
+import json
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +24,63 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .rollout.samples import EncodedPrompt, Sample
+
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "evolmm_state.json"
+_TRAINER_STATE_NAME = "trainer_state.json"  # of transformers, which writes it last
+
+
+def check_complete(checkpoint: str | Path) -> None:
+    """
+    Fails if a checkpoint was not written to its end, or is another trainer's.
+
+    Args:
+        checkpoint (`str` or `Path`):
+            Folder of a checkpoint.
+
+    Raises:
+        `ValueError`: if it is missing, half-written or not of this package.
+    """
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        raise ValueError(f"{checkpoint} is not a folder; expected a checkpoint, such as output_dir/checkpoint-100.")
+    if not (checkpoint / STATE_NAME).is_file():
+        raise ValueError(f"{checkpoint} lacks {STATE_NAME}: it is not a checkpoint of this trainer.")
+    steps = []
+    for name, key in ((STATE_NAME, "step"), (_TRAINER_STATE_NAME, "global_step")):
+        try:
+            steps.append(json.loads((checkpoint / name).read_text())[key])
+        except (FileNotFoundError, json.JSONDecodeError, KeyError) as error:
+            raise ValueError(
+                f"{checkpoint} is not complete: {name} is missing or cut off. The run was stopped while it was written; "
+                "resume from an earlier checkpoint, or with `resume_from_checkpoint=True` from the last complete one."
+            ) from error
+    if steps[0] != steps[1]:
+        raise ValueError(f"{checkpoint} is not complete: its files are of the steps {steps[0]} and {steps[1]}.")
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """
+    The newest checkpoint that was written to its end.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Folder of a run.
+
+    Returns:
+        `str` or `None`: its folder; `None` if there is none.
+    """
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            check_complete(folder)
+        except ValueError as error:
+            logger.warning("Not resumed from: %s", error)
+        else:
+            return str(folder)
+    return None
 
 
 def save_samples(samples: Sequence[Sample], file: Path) -> None:

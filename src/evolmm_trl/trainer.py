@@ -34,6 +34,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
@@ -89,13 +90,12 @@ from .shared_prefix import (
     why_not_shared,
     with_features,
 )
-from .state import load_samples, save_samples
+from .state import STATE_NAME, check_complete, last_complete_checkpoint, load_samples, save_samples
 from .voting import Vote, vote
 
 
 logger = logging.getLogger(__name__)
 
-STATE_NAME = "evolmm_state.json"
 # Losses that TRL averages over the rows of a micro-batch. The others it already normalises over the whole step, but for
 # "bnpo", which is by its definition the mean over the tokens of a micro-batch
 _ROW_MEAN_LOSSES = ("grpo", "dr_grpo", "sapo", "luspo")
@@ -412,11 +412,26 @@ class EvoLMMTrainer(GRPOTrainer):
     # ------------------------------------------------------------------------------------------------------------
     # One optimizer step: propose, solve, vote, reward, role batch, loss
 
-    def train(self, *args, **kwargs):
-        """Trains as the parent does, and leaves the model as the solver whichever role was trained last."""
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """
+        Trains as the parent does, and leaves the model as the solver whichever role was trained last.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Folder of a checkpoint. `True`: the last one in `args.output_dir` that was written to its end; if there is
+                none, training starts from the beginning.
+        """
         self._pending_questions = []  # of an earlier call; those of a checkpoint are loaded later
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                logger.warning(
+                    "%s has no complete checkpoint: training starts from the beginning.", self.args.output_dir
+                )
+        elif resume_from_checkpoint:
+            check_complete(resume_from_checkpoint)
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.roles.activate(SOLVER)
 
@@ -984,6 +999,11 @@ class EvoLMMTrainer(GRPOTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
+        # The trainer's state is written last, by transformers, and makes a checkpoint complete: that of an earlier run in
+        # this place must not make a half-written one look so
+        if self.args.should_save:
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
         save_samples(
             self._pending_questions, folder / f"pending_questions_{self.accelerator.process_index}.safetensors"
         )
@@ -997,6 +1017,10 @@ class EvoLMMTrainer(GRPOTrainer):
             }
             (folder / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n")
         super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # before the trainer's state, which says that all have written
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if isinstance(self.model, PeftModel):
@@ -1022,10 +1046,7 @@ class EvoLMMTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        file = Path(checkpoint) / STATE_NAME
-        if not file.is_file():
-            raise ValueError(f"{checkpoint} lacks {STATE_NAME}: it is not a checkpoint of this trainer.")
-        state = json.loads(file.read_text())
+        state = json.loads((Path(checkpoint) / STATE_NAME).read_text())
         if state["processes"] != self.accelerator.num_processes:
             raise ValueError(
                 f"{checkpoint} was saved by {state['processes']} processes and cannot be resumed on "
