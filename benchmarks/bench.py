@@ -15,7 +15,7 @@
 """
 Measures a training step of EvoLMMTrainer beside the authors' procedure and TRL's GRPOTrainer, on the CPU.
 
-    python benchmarks/bench.py --output docs/benchmarks/cpu      # about 15 minutes on two cores
+    python benchmarks/bench.py --output docs/benchmarks/cpu      # about 30 minutes on two cores
     python benchmarks/bench.py --quick                           # seconds, and without meaning
 """
 
@@ -27,10 +27,12 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 
 import torch
+import trl
 from bench_contenders import (
     CONTENDERS,
     PROPOSE,
@@ -44,10 +46,12 @@ from bench_contenders import (
     Setting,
 )
 from bench_meter import OTHER, FlopCounter, Reading
-from bench_models import SIZES, proportions
+from bench_models import SIZES, make_lora, make_model, proportions
 from bench_report import Point, Result, as_json, bars, environment, tables
+from peft import get_peft_model
 
 from evolmm_trl.schedule import PROPOSER, SOLVER
+from evolmm_trl.shared_prefix import base_model
 
 
 # By their round number of prompt tokens: height and width, for 36, 224 and 1,024 image tokens
@@ -55,19 +59,44 @@ IMAGES = {100: (168, 168), 300: (392, 448), 1100: (896, 896)}
 
 # One thing at a time around the first, and 1,100 tokens at one image per step, which would take an hour at four
 POINTS = [
+    Point(300, 5, 16, "thin"),
+    Point(300, 5, 4, "thin"),
+    Point(300, 5, 1, "thin"),
+    Point(300, 5, 16),
     Point(300, 5, 4),
+    Point(300, 5, 1),
     Point(100, 5, 4),
     Point(300, 8, 4),
     Point(300, 16, 4),
-    Point(300, 5, 1),
-    Point(300, 5, 16),
     Point(1100, 5, 1),
     Point(1100, 8, 1),
     Point(1100, 16, 1),
 ]
 # Images in a period of the schedule; with more per step, the proposer's step comes sooner. The work per image is the same
 LONGEST_PERIOD = 20
-QUICK_POINTS = [Point(100, 2, 1), Point(100, 3, 2)]
+LARGEST_MICRO_BATCH = 4  # images, of both trainers
+QUICK_POINTS = [Point(100, 2, 1, "tiny"), Point(100, 3, 2, "tiny")]
+
+
+def decoding_in_prompt_tokens(name: str) -> float:
+    """
+    What bounds decoding on this machine: how many prompt tokens a model reads, in a batch of four prompts of 286, in the
+    time of one decoding step of one sequence.
+    """
+    size = SIZES[name]
+    model = get_peft_model(make_model(size), make_lora(size), autocast_adapter_dtype=False).eval()
+    prompts = torch.full((4, 286), size.vocab - 1)
+
+    def seconds(ids: torch.Tensor, **kwargs) -> float:
+        start = time.perf_counter()
+        model(input_ids=ids, use_cache=True, logits_to_keep=1, **kwargs)
+        return time.perf_counter() - start
+
+    with torch.no_grad():
+        cache = model(input_ids=prompts[:1], use_cache=True).past_key_values
+        step = median(seconds(prompts[:1, :1], past_key_values=cache) for _ in range(20))
+        reading = median(seconds(prompts) for _ in range(20))
+    return step / (reading / prompts.numel())
 
 
 def plain_flops(contender: EvoLMM, positions: int, scored: int, role: str) -> int:
@@ -77,14 +106,18 @@ def plain_flops(contender: EvoLMM, positions: int, scored: int, role: str) -> in
     """
     trainer = contender.trainer
     ids = torch.full((1, positions), contender.suppressed[-1] + 1, device=contender.setting.device)
-    labels = ids.clone()
-    labels[:, : positions - scored] = -100
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "fused_lm_head": True}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "shift_labels": ids[:, -scored:]}
+
+    def scored_alone(backbone, args, output):
+        output.last_hidden_state = output.last_hidden_state[:, -scored:]
+
+    hook = base_model(trainer.model).model.register_forward_hook(scored_alone)
     with FlopCounter() as counter, trainer.accelerator.autocast():
         with torch.no_grad(), trainer.roles.reference():
-            trainer.model(**batch)
+            trainer.model(**batch, fused_lm_head=True)
         with trainer.roles.using(role):
-            trainer.model(**batch).log_probs.sum().backward()
+            trainer.model(**batch, fused_lm_head=True).log_probs.sum().backward()
+    hook.remove()
     trainer.model.zero_grad()
     return counter.get_total_flops()
 
@@ -137,6 +170,9 @@ def measure(point: Point, setting: Setting, names: list[str], repetitions: int, 
     themselves, they come one after the other.
     """
     results = []
+    # TRL scores tiles of 32,768 words. The rest of a smaller vocabulary's tile would be memory that is only walked over
+    tile = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(tile, SIZES[setting.model].vocab)
     for group in [names] if setting.device == "cpu" else [[name] for name in names]:
         contenders = {name: CONTENDERS[name](setting, folder) for name in group}
         counted = {}
@@ -154,6 +190,7 @@ def measure(point: Point, setting: Setting, names: list[str], repetitions: int, 
         gc.collect()
         if setting.device == "cuda":
             torch.cuda.empty_cache()
+    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = tile
     return results
 
 
@@ -188,7 +225,7 @@ def quiet() -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="where to write the tables (.md) and all figures (.json)")
-    parser.add_argument("--model", choices=SIZES, default="small")
+    parser.add_argument("--model", choices=SIZES, help="instead of each point's own; for `--points` it is small")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["sequential", "grpo", "evolmm"])
     parser.add_argument(
         "--points", nargs="+", metavar="P,N,M", help="prompt tokens (100, 300, 1100), N, images per step"
@@ -206,35 +243,48 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     args = make_parser().parse_args(arguments)
     points = POINTS
     if args.quick:
-        args.model, args.completion, args.proposer_update_every, args.repetitions = "tiny", 4, 2, 1
+        args.completion, args.proposer_update_every, args.repetitions = 4, 2, 1
         points = QUICK_POINTS
     if args.points:
         points = [Point(*map(int, point.split(","))) for point in args.points]
+    if args.model:
+        points = [replace(point, model=args.model) for point in points]
     quiet()
     machine, results, start = environment(), [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for point in points:
             height, width = IMAGES[point.prompt]
             setting = Setting(
-                model=args.model,
+                model=point.model,
                 height=height,
                 width=width,
                 answers=point.answers,
                 images=point.images,
+                groups=min(point.images, LARGEST_MICRO_BATCH),
                 completion=args.completion,
                 proposer_update_every=max(1, min(args.proposer_update_every, LONGEST_PERIOD // point.images)),
             )
             results += measure(point, setting, args.contenders, args.repetitions, Path(folder))
             taken = time.perf_counter() - start
-            print(f"{point.prompt} tokens, N={point.answers}, {point.images} images: {taken:.0f} s", file=sys.stderr)
+            print(
+                f"{point.model}, {point.prompt} tokens, N={point.answers}, {point.images} images: {taken:.0f} s",
+                file=sys.stderr,
+            )
     held = bars(results)
-    share = proportions(SIZES[args.model])
+    models = {}
+    for name in dict.fromkeys(point.model for point in points):
+        models[name] = asdict(SIZES[name]) | proportions(SIZES[name]) | {"decode": decoding_in_prompt_tokens(name)}
     text = "\n\n".join(
         [
             headline(args, machine, taken),
-            f"Model `{args.model}`: {asdict(SIZES[args.model])}. Per token the vision tower costs {share['vision_tower']:.2f} "
-            f"and the LM head {share['lm_head']:.2f} of the language model's layers. Questions and answers of "
-            f"{args.completion} tokens. A proposer step after {args.proposer_update_every} solver steps, or {LONGEST_PERIOD} images.",
+            *(
+                f"Model `{name}`: {asdict(SIZES[name])}. Per token the vision tower costs {model['vision_tower']:.2f} and the "
+                f"LM head {model['lm_head']:.2f} of the language model's layers. A decoding step of one sequence takes as long "
+                f"as {model['decode']:.0f} prompt tokens in a batch of prompts."
+                for name, model in models.items()
+            ),
+            f"Questions and answers of {args.completion} tokens. A proposer step after {args.proposer_update_every} solver "
+            f"steps, or {LONGEST_PERIOD} images. Micro-batches of up to {LARGEST_MICRO_BATCH} images.",
             tables(results),
             "\n".join(f"- {bar}" for bar in held),
         ]
@@ -243,7 +293,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
         results,
         machine=machine,
         arguments=vars(args) | {"output": str(args.output)},
-        model=asdict(SIZES[args.model]) | {"proportions": share},
+        models=models,
         bars=[asdict(bar) | {"passed": bar.passed} for bar in held],
     )
     write(args.output, text, document)

@@ -53,6 +53,8 @@ class Setting:
             Images per optimizer step, where there are steps of several.
         completion (`int`):
             Tokens of every question and every answer.
+        groups (`int`, *optional*, defaults to `1`):
+            Of these images, those in a micro-batch.
         proposer_update_every (`int`, *optional*, defaults to `5`):
             Solver steps between two proposer steps.
         device (`str`, *optional*, defaults to `"cpu"`), dtype (`str`, *optional*, defaults to `"float32"`):
@@ -67,6 +69,7 @@ class Setting:
     answers: int
     images: int
     completion: int
+    groups: int = 1
     proposer_update_every: int = 5
     device: str = "cpu"
     dtype: str = "float32"
@@ -140,8 +143,8 @@ class Contender:
         s = self.setting
         return {
             "num_generations": s.answers,
-            "per_device_train_batch_size": s.answers,
-            "gradient_accumulation_steps": s.images,
+            "per_device_train_batch_size": s.answers * s.groups,
+            "gradient_accumulation_steps": s.images // s.groups,
             "max_completion_length": s.completion,
             "generation_kwargs": {"suppress_tokens": self.suppressed},
             "gradient_checkpointing": s.checkpointing,

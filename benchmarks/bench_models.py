@@ -63,11 +63,13 @@ class Size:
     tied: bool = True
 
 
-# 3b and 7b are the configurations of Qwen2.5-VL-3B-Instruct and -7B-Instruct. Small and medium keep the proportions of
-# 3b: `proportions` gives 0.91 to 0.92 for the vision tower and 0.11 for the LM head. Tiny is for tests.
+# 3b and 7b are the configurations of Qwen2.5-VL-3B-Instruct and -7B-Instruct. Thin, small and medium keep the proportions
+# of 3b: `proportions` gives 0.91 to 0.93 for the vision tower and 0.11 for the LM head. On a CPU they differ in what bounds
+# their decoding: small and medium compute, thin mostly waits, as larger models do on a GPU. Tiny is for tests.
 SIZES = {
     "tiny": Size(32, 2, 2, 1, 64, 300, 16, 2, 2, 32),
     "small": Size(192, 4, 3, 1, 768, 1260, 80, 4, 2, 272),
+    "thin": Size(32, 8, 1, 1, 128, 460, 16, 3, 1, 48),
     "medium": Size(512, 8, 8, 1, 2752, 8400, 288, 8, 4, 768),
     "3b": Size(2048, 36, 16, 2, 11008, 151936, 1280, 32, 16, 3420),
     "7b": Size(3584, 28, 28, 4, 18944, 152064, 1280, 32, 16, 3420, tied=False),

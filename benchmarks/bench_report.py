@@ -45,11 +45,14 @@ class Point:
             Answers N per question.
         images (`int`):
             Images per optimizer step.
+        model (`str`, *optional*, defaults to `"small"`):
+            A name in `SIZES`.
     """
 
     prompt: int
     answers: int
     images: int
+    model: str = "small"
 
 
 @dataclass
@@ -160,7 +163,7 @@ def bars(results: list[Result]) -> list[Bar]:
             return None
         return of(found[one]) / of(found[other])
 
-    step, few, many, wide = Point(300, 5, 4), Point(1100, 5, 1), Point(1100, 16, 1), Point(1100, 8, 1)
+    few, many, wide = Point(1100, 5, 1), Point(1100, 16, 1), Point(1100, 8, 1)
     growth = [
         Bar(
             f"evolmm's {name} per image from N=5 to N=16 at 1,100 prompt tokens",
@@ -174,12 +177,14 @@ def bars(results: list[Result]) -> list[Bar]:
     return [
         *(
             Bar(
-                f"seconds per image of {contender} over evolmm's, 300 prompt tokens, N=5, 4 images per step",
+                f"seconds per image of {contender} over evolmm's, model {model}, 300 prompt tokens, N=5, 16 images per step",
                 ratio((contender, step), ("evolmm", step), Result.time),
                 limit,
                 "at least",
                 "x",
             )
+            for model in ("thin", "small")
+            for step in (Point(300, 5, 16, model),)
             for contender, limit in (("sequential", 10.0), ("grpo", 2.5))
         ),
         *(
@@ -213,7 +218,13 @@ def _table(header: list[str], rows: list[list]) -> str:
 
 
 def _place(result: Result) -> list:
-    return [result.prompt_tokens[SOLVE], result.point.answers, result.point.images, result.contender]
+    return [
+        result.setting.model,
+        result.prompt_tokens[SOLVE],
+        result.point.answers,
+        result.point.images,
+        result.contender,
+    ]
 
 
 def _mib(size: int) -> str:
@@ -222,7 +233,7 @@ def _mib(size: int) -> str:
 
 _STAGES = (PROPOSE, SOLVE, REFERENCE, UPDATE)
 _UPDATES = (UPDATE, f"proposer_{UPDATE}")
-_PLACE = ["prompt tokens", "N", "images per step", "contender"]
+_PLACE = ["model", "prompt tokens", "N", "images per step", "contender"]
 
 
 def tables(results: list[Result]) -> str:
@@ -285,7 +296,7 @@ def gpu_table(results: list[Result]) -> str:
         setting = result.setting
         asked = 1 if PROPOSE in result.generated else 0
         completions = (setting.answers + asked) * setting.completion
-        place = [setting.model, f"{setting.height}x{setting.width}", *_place(result)]
+        place = [f"{setting.height}x{setting.width}", *_place(result)]
         rows.append(
             [
                 *place,
@@ -297,9 +308,9 @@ def gpu_table(results: list[Result]) -> str:
             ]
         )
         cards.append(
-            f"- {setting.model}, {place[1]}, N={setting.answers}, {result.contender}: {fitting_cards(result.memory())}"
+            f"- {setting.model}, {place[0]}, N={setting.answers}, {result.contender}: {fitting_cards(result.memory())}"
         )
-    header = ["model", "image", *_PLACE, *_STAGES, OTHER, "whole", "completion tokens per second"]
+    header = ["image", *_PLACE, *_STAGES, OTHER, "whole", "completion tokens per second"]
     header += ["peak of an update, MiB", "memory, MiB"]
     return "\n\n".join([_table(header, rows), "\n".join(cards)])
 
@@ -319,6 +330,7 @@ def environment() -> dict:
         "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "malloc": os.environ.get("GLIBC_TUNABLES"),
         "load": os.getloadavg()[0],  # processes that were running on the machine, of the last minute
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         **{name: version(name) for name in ("torch", "transformers", "trl", "peft")},

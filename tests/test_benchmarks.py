@@ -198,7 +198,7 @@ def test_configurations_are_those_of_qwen(name, parameters):
     assert model.num_parameters() == parameters
 
 
-@pytest.mark.parametrize("name", ["small", "medium"])
+@pytest.mark.parametrize("name", ["thin", "small", "medium"])
 def test_small_models_have_the_proportions_of_3b(name):
     assert proportions(SIZES[name]) == pytest.approx(proportions(SIZES["3b"]), rel=0.02)
 
@@ -318,12 +318,16 @@ def made_up(contender: str, point: Point, **kwargs) -> Result:
     return Result(contender, point, TOY, **{**values, **kwargs})
 
 
-STEP, FEW, WIDE, MANY = Point(300, 5, 4), Point(1100, 5, 1), Point(1100, 8, 1), Point(1100, 16, 1)
+THIN, STEP = Point(300, 5, 16, "thin"), Point(300, 5, 16)
+FEW, WIDE, MANY = Point(1100, 5, 1), Point(1100, 8, 1), Point(1100, 16, 1)
 
 
 def good() -> dict[str, Result]:
     slow = {"update": [5.0] * 3, "other": [0.0] * 3}
     return {
+        "thin": made_up("evolmm", THIN),
+        "thin sequential": made_up("sequential", THIN, seconds={**slow, "whole": [10.0, 10.0, 10.0]}),
+        "thin grpo": made_up("grpo", THIN, seconds={**slow, "whole": [2.5, 2.5, 2.5]}),
         "ours": made_up("evolmm", STEP),
         "sequential": made_up("sequential", STEP, seconds={**slow, "whole": [8.0, 10.0, 90.0]}),
         "grpo": made_up("grpo", STEP, seconds={**slow, "whole": [2.5, 2.4, 2.6]}),
@@ -338,6 +342,8 @@ def test_bars_that_are_just_reached():
     assert [(bar.figure, bar.passed) for bar in bars(list(good().values()))] == [
         (pytest.approx(10), True),
         (pytest.approx(2.5), True),
+        (pytest.approx(10), True),
+        (pytest.approx(2.5), True),
         (pytest.approx(1.0), True),
         (pytest.approx(1.0), True),
         (1.0, True),
@@ -350,15 +356,17 @@ def test_bars_that_are_just_reached():
 @pytest.mark.parametrize(
     ("bar", "name", "change"),
     [
-        (0, "sequential", {"seconds": {"whole": [9.9]}}),
-        (1, "grpo", {"seconds": {"whole": [2.4]}}),
-        (2, "few", {"yardstick": {"solver": 95, "proposer": 10}}),
-        (3, "few", {"yardstick": {"solver": 100, "proposer": 9}}),
-        (4, "wide", {"tower_passes": 2.0}),
-        (4, "wide", {"tower_passes": 0.0}),
-        (5, "many", {"seconds": {"update": [0.75], "whole": [1.51]}}),
-        (6, "many", {"seconds": {"update": [0.5], "proposer_update": [0.26], "whole": [1.5]}}),
-        (7, "wide", {"update_peak": {"update": 100, "proposer_update": 101}}),
+        (0, "thin sequential", {"seconds": {"whole": [9.9]}}),
+        (1, "thin grpo", {"seconds": {"whole": [2.4]}}),
+        (2, "sequential", {"seconds": {"whole": [9.9]}}),
+        (3, "grpo", {"seconds": {"whole": [2.4]}}),
+        (4, "few", {"yardstick": {"solver": 95, "proposer": 10}}),
+        (5, "few", {"yardstick": {"solver": 100, "proposer": 9}}),
+        (6, "wide", {"tower_passes": 2.0}),
+        (6, "wide", {"tower_passes": 0.0}),
+        (7, "many", {"seconds": {"update": [0.75], "whole": [1.51]}}),
+        (8, "many", {"seconds": {"update": [0.5], "proposer_update": [0.26], "whole": [1.5]}}),
+        (9, "wide", {"update_peak": {"update": 100, "proposer_update": 101}}),
     ],
 )
 def test_a_bar_that_is_missed(bar, name, change):
@@ -369,9 +377,9 @@ def test_a_bar_that_is_missed(bar, name, change):
 
 def test_bars_that_were_not_measured():
     held = bars([good()["ours"]])
-    assert [bar.passed for bar in held] == [None, None, True, True, True, None, None, None]
+    assert [bar.passed for bar in held] == [None] * 4 + [True] * 3 + [None] * 3
     assert str(held[0]).startswith("not measured: seconds per image of sequential over evolmm's")
-    assert str(held[4]) == "pass: vision-tower passes per image of evolmm: 1, exactly 1"
+    assert str(held[6]) == "pass: vision-tower passes per image of evolmm: 1, exactly 1"
     assert all(bar.passed is None for bar in bars([]))
 
 
@@ -396,12 +404,12 @@ def test_the_benchmark_writes_tables_and_figures(tmp_path, capsys):
     bench.main(["--quick", "--points", "100,2,1", "--contenders", "grpo", "evolmm", "--output", str(output)])
     text = output.with_suffix(".md").read_text()
     assert text in capsys.readouterr().out + "\n"
-    assert len(re.findall(r"^- (pass|FAIL|not measured): ", text, re.MULTILINE)) == 8
+    assert len(re.findall(r"^- (pass|FAIL|not measured): ", text, re.MULTILINE)) == 10
     document = json.loads(output.with_suffix(".json").read_text())
     assert {"commit", "cpu", "cores", "threads", "load", "torch"} <= document["machine"].keys()
     assert document["arguments"]["completion"] == 4
     assert [result["contender"] for result in document["results"]] == ["grpo", "evolmm"]
-    assert len(document["bars"]) == 8
+    assert len(document["bars"]) == 10
 
 
 def test_the_benchmark_of_the_gpu_runs_at_toy_size(tmp_path):

@@ -438,7 +438,9 @@ def test_a_shared_forward_that_is_wrong_is_found_at_the_first_batch_and_the_plai
 
     def pack_wrongly(*args):
         packed = pack(*args)
-        return replace(packed, position_ids=packed.position_ids + (packed.labels != -100))
+        positions = packed.position_ids.clone()
+        positions[..., packed.read] += 1
+        return replace(packed, position_ids=positions)
 
     monkeypatch.setattr(evolmm_trl.trainer, "pack_groups", pack_wrongly)
     with caplog.at_level(logging.WARNING, logger="evolmm_trl"):

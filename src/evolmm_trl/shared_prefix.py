@@ -71,10 +71,12 @@ class PackedGroups:
             Token ids.
         position_ids (`torch.Tensor` of shape `(3, 1, L)`):
             M-RoPE positions.
-        labels (`torch.Tensor` of shape `(1, L)`):
-            The next token at the positions that predict a completion's, -100 elsewhere.
+        read (`torch.Tensor` of shape `(R,)`):
+            The positions that predict a completion's token, the only ones that the LM head reads.
+        labels (`torch.Tensor` of shape `(1, R)`):
+            The tokens they predict.
         columns (`torch.Tensor` of shape `(rows, C)`):
-            Where in the row each completion token is predicted; 0 at padding and in rows left out.
+            Which of `read` predicts each completion token; 0 at padding and in rows left out.
         counted (`torch.Tensor` of shape `(rows, C)`):
             Which of `columns` are meant.
         groups (`list[PrefixGroup]`):
@@ -85,6 +87,7 @@ class PackedGroups:
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
+    read: torch.Tensor
     labels: torch.Tensor
     columns: torch.Tensor
     counted: torch.Tensor
@@ -134,6 +137,14 @@ def install_shared_attention(model: PreTrainedModel | PeftModel) -> None:
     if original in ALL_MASK_ATTENTION_FUNCTIONS:
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
     config._attn_implementation = name
+    base_model(model).model.register_forward_hook(_read_positions, with_kwargs=True)
+
+
+def _read_positions(backbone: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """Leaves of a packed row what the LM head is to read. Without Triton, TRL's projects every position it is given."""
+    if kwargs.get("read") is not None:
+        output.last_hidden_state = output.last_hidden_state[:, kwargs["read"]]
+    return output
 
 
 def _attention(
@@ -307,12 +318,12 @@ def pack_groups(model: PreTrainedModel | PeftModel, samples: Sequence[Sample], c
         members = [[0]]  # every process must run a forward, and a backward through it
 
     device = base_model(model).device
-    ids, positions, labels, groups = [], [], [], []
+    ids, positions, read, labels, groups = [], [], [], [], []
     width = max(sample.completion_ids.numel() for sample in samples)
     columns = torch.zeros(len(samples), width, dtype=torch.long)
     counted = torch.zeros(len(samples), width, dtype=torch.bool)
     repeats = heads_per_key_head(model)
-    length = 0
+    length = scored = 0
     for group in members:
         prompt = samples[group[0]].prompt
         prompt_ids = prompt.input_ids
@@ -320,7 +331,6 @@ def pack_groups(model: PreTrainedModel | PeftModel, samples: Sequence[Sample], c
         start, prefix_end = length, length + prompt_ids.numel() - 1
         ids.append(prompt_ids[:-1])
         positions.append(prefix[:, :-1])
-        labels.append(torch.full_like(prompt_ids[:-1], -100))
         length = prefix_end
         owners = [torch.full((prefix_end - start,), -1)]
         for i in group:
@@ -328,11 +338,13 @@ def pack_groups(model: PreTrainedModel | PeftModel, samples: Sequence[Sample], c
             size = completion.numel()
             ids.append(torch.cat([prompt_ids[-1:], completion[:-1]]))
             positions.append(prefix[:, -1:] + torch.arange(size))
-            labels.append(completion if counts[i] else torch.full_like(completion, -100))
+            read.append(torch.arange(length, length + size))
+            labels.append(completion)
             owners.append(torch.full((size,), i))
-            columns[i, :size] = torch.arange(length, length + size)
+            columns[i, :size] = torch.arange(scored, scored + size)
             counted[i, :size] = counts[i]
             length += size
+            scored += size
         owner = torch.cat(owners)
         answers = owner[prefix_end - start :, None]
         place = torch.arange(length - start)
@@ -342,6 +354,7 @@ def pack_groups(model: PreTrainedModel | PeftModel, samples: Sequence[Sample], c
     return PackedGroups(
         input_ids=torch.cat(ids)[None].to(device),
         position_ids=torch.cat(positions, dim=1)[:, None].to(device),
+        read=torch.cat(read).to(device),
         labels=torch.cat(labels)[None].to(device),
         columns=columns.to(device),
         counted=counted.to(device),
@@ -373,6 +386,7 @@ def packed_logps(
         shift_labels=packed.labels,
         fused_lm_head=True,
         prefix_groups=packed.groups,
+        read=packed.read,
         **packed.images,
     )
 

@@ -30,6 +30,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import Cache, DynamicLayer
 
 from ..shared_prefix import heads_per_key_head, image_arguments, prompt_positions
 from .samples import EncodedPrompt, collate_prompts, pad_prompts
@@ -180,6 +181,7 @@ def generate_shared(
         input_ids=batch["input_ids"].to(device),
         attention_mask=batch["attention_mask"].to(device),
         position_ids=torch.stack(padded, dim=1).to(device),
+        past_key_values=Cache(layer_class_to_replicate=_RoomyLayer),
         use_cache=True,
         logits_to_keep=1,
         **image_arguments(prompts, device),
@@ -234,6 +236,42 @@ def generate_shared(
         scores = output.logits[read]
     ids = iter(completions)
     return [[next(ids) for _ in group] for group in seeds]
+
+
+class _RoomyLayer(DynamicLayer):
+    """
+    Keys and values of a layer with room for more. The parent copies all of them for every further token.
+
+    Keys and values (batch, key heads, positions, head size).
+    """
+
+    _keys = _values = None  # with the room; `keys` and `values` are their first positions
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            super().update(key_states, value_states)
+            return self.keys, self.values
+        start = self.keys.size(-2)
+        end = start + key_states.size(-2)
+        if self._keys is None or self._keys.size(-2) < end:
+            self._keys, self._values = self._with_room(self.keys, end), self._with_room(self.values, end)
+        self._keys[..., start:end, :] = key_states
+        self._values[..., start:end, :] = value_states
+        self.keys, self.values = self._keys[..., :end, :], self._values[..., :end, :]
+        return self.keys, self.values
+
+    @staticmethod
+    def _with_room(states: torch.Tensor, end: int) -> torch.Tensor:
+        *sizes, positions, head_size = states.shape
+        room = states.new_empty(*sizes, end + end // 4, head_size)
+        room[..., :positions, :] = states
+        return room
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._keys = self._values = None
 
 
 def _warpers(config: GenerationConfig) -> LogitsProcessorList:
