@@ -41,12 +41,16 @@ format: venv
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
-.PHONY: bench bench-gpu
+.PHONY: bench bench-gpu reliability
 THREADS ?= 2
 
 bench: venv
-	OMP_NUM_THREADS=$(THREADS) $(PY) benchmarks/bench.py --output docs/benchmarks/cpu
+	OMP_NUM_THREADS=$(THREADS) $(PY) benchmarks/bench.py --output docs/benchmarks/cpu --document docs/performance.md
 
 # Needs a GPU.
 bench-gpu: venv
 	$(PY) benchmarks/bench_gpu.py --output docs/benchmarks/gpu
+
+# Engines, kills, bad inputs and memory, as docs/reliability.md has them.
+reliability: venv
+	OMP_NUM_THREADS=1 $(PY) tests/reliability.py --document docs/reliability.md

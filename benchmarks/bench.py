@@ -15,7 +15,7 @@
 """
 Measures a training step of EvoLMMTrainer beside the authors' procedure and TRL's GRPOTrainer, on the CPU.
 
-    python benchmarks/bench.py --output docs/benchmarks/cpu      # about 30 minutes on two cores
+    python benchmarks/bench.py --output docs/benchmarks/cpu --document docs/performance.md      # about 15 minutes on two cores
     python benchmarks/bench.py --quick                           # seconds, and without meaning
 """
 
@@ -47,7 +47,7 @@ from bench_contenders import (
 )
 from bench_meter import OTHER, FlopCounter, Reading
 from bench_models import SIZES, make_lora, make_model, proportions
-from bench_report import Point, Result, as_json, bars, environment, tables
+from bench_report import Point, Result, as_json, bars, environment, replace_measured, seconds_table, tables
 from peft import get_peft_model
 
 from evolmm_trl.schedule import PROPOSER, SOLVER
@@ -225,6 +225,7 @@ def quiet() -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="where to write the tables (.md) and all figures (.json)")
+    parser.add_argument("--document", type=Path, help="Markdown file whose measured part is replaced")
     parser.add_argument("--model", choices=SIZES, help="instead of each point's own; for `--points` it is small")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["sequential", "grpo", "evolmm"])
     parser.add_argument(
@@ -292,11 +293,18 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     document = as_json(
         results,
         machine=machine,
-        arguments=vars(args) | {"output": str(args.output)},
+        arguments=vars(args) | {"output": str(args.output), "document": str(args.document)},
         models=models,
         bars=[asdict(bar) | {"passed": bar.passed} for bar in held],
     )
     write(args.output, text, document)
+    if args.document is not None:
+        summary = [
+            f"Commit {machine['commit']}, {machine['cpu']}, {machine['cores']} cores, {args.repetitions} repetitions.",
+            seconds_table(results),
+            "\n".join(f"- {bar}" for bar in held),
+        ]
+        replace_measured(args.document, "\n\n".join(summary))
     return results
 
 

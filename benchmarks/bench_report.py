@@ -29,6 +29,7 @@ from bench_meter import OTHER
 
 
 GIB = 2**30
+MEASURED = ("<!-- measured: begin -->", "<!-- measured: end -->")
 CARDS = (24, 40, 80)  # GiB
 _CONTEXT = GIB  # what a process holds on a card beside torch's memory
 
@@ -236,12 +237,12 @@ _UPDATES = (UPDATE, f"proposer_{UPDATE}")
 _PLACE = ["model", "prompt tokens", "N", "images per step", "contender"]
 
 
-def tables(results: list[Result]) -> str:
-    """The tables of seconds, of work and of memory, in Markdown."""
-    seconds, work, memory = [], [], []
+def seconds_table(results: list[Result]) -> str:
+    """The table of seconds, in Markdown."""
+    rows = []
     for result in results:
         whole = result.seconds["whole"]
-        seconds.append(
+        rows.append(
             [
                 *_place(result),
                 *(f"{result.time(stage):.3f}" for stage in (*_STAGES, OTHER)),
@@ -249,6 +250,15 @@ def tables(results: list[Result]) -> str:
                 f"{min(whole):.3f} to {max(whole):.3f}",
             ]
         )
+    return "Seconds per image: medians, and the range of the whole\n\n" + _table(
+        [*_PLACE, *_STAGES, OTHER, "whole", "range"], rows
+    )
+
+
+def tables(results: list[Result]) -> str:
+    """The tables of seconds, of work and of memory, in Markdown."""
+    work, memory = [], []
+    for result in results:
         ratios = [f"{result.training_ratio(role):.3f}" for role in result.yardstick] or ["", ""]
         work.append(
             [
@@ -265,8 +275,7 @@ def tables(results: list[Result]) -> str:
         memory.append([*_place(result), *peaks, _mib(result.state_bytes), _mib(result.memory())])
     return "\n\n".join(
         [
-            "Seconds per image: medians, and the range of the whole",
-            _table([*_PLACE, *_STAGES, OTHER, "whole", "range"], seconds),
+            seconds_table(results),
             "Work per image: GFLOPs by stage, tokens through the language model over all stages, passes of an image through "
             "the vision tower, and the FLOPs of update and reference over those of a plain pass over P + N*C tokens "
             "(solver) and P + C tokens (proposer)",
@@ -335,6 +344,15 @@ def environment() -> dict:
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         **{name: version(name) for name in ("torch", "transformers", "trl", "peft")},
     }
+
+
+def replace_measured(document: Path, text: str) -> None:
+    """Puts what was measured in its place in a Markdown file, between two comments."""
+    before, begin, rest = document.read_text().partition(MEASURED[0])
+    _, end, after = rest.partition(MEASURED[1])
+    if not (begin and end):
+        raise ValueError(f"{document} has no place for what was measured, between {MEASURED[0]} and {MEASURED[1]}.")
+    document.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def as_json(results: list[Result], **others) -> dict:

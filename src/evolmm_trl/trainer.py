@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ from trl.trainer.utils import get_config_model_id
 from .answers import canonical_answer
 from .config import DEFAULT_STREAM_ROLLOUTS, EvoLMMConfig
 from .data import ReadableImageStream, readable_images
+from .engines import engine_optimizer, whole_weights
 from .evaluation import Scores, score_answers
 from .kl import AdaptiveKL
 from .model_card import write_model_card
@@ -356,7 +358,7 @@ class EvoLMMTrainer(GRPOTrainer):
                 for (role, decay), group in groups.items()
             ]
             self.optimizer_cls_and_kwargs = (
-                role_optimizer(optimizer_class, self.roles),
+                role_optimizer(engine_optimizer(optimizer_class, self.accelerator), self.roles),
                 {**kwargs, "params": params},
             )
         super().create_optimizer(model)
@@ -862,6 +864,7 @@ class EvoLMMTrainer(GRPOTrainer):
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            whole_weights(self.model),
             self.compute_loss_context_manager(),
         ):
             yield model
@@ -968,7 +971,8 @@ class EvoLMMTrainer(GRPOTrainer):
                 ids = self._generate_role(model, SOLVER, prompts, seeds)
             for row, group in zip(rows, ids, strict=True):
                 greedy, *sampled = self._decode(group)
-                scores.append(score_answers(str(row["answer"]), greedy, sampled))
+                if not row[_FILLER]:
+                    scores.append(score_answers(str(row["answer"]), greedy, sampled))
         scores = gather_object(scores)
         if not scores:
             raise ValueError("`eval_dataset` has no rows; leave it out or add labelled questions.")
@@ -1078,6 +1082,9 @@ class _Part:
     tokens: int
 
 
+_FILLER = "is_filler"
+
+
 class _RolloutLoader(DataLoader):
     """A `DataLoader` that tells its batch sampler the epoch, as transformers asks of a loader."""
 
@@ -1087,7 +1094,10 @@ class _RolloutLoader(DataLoader):
 
 
 class _Share(torch.utils.data.IterableDataset):
-    """This process's share of the rows: every `world_size`-th."""
+    """
+    This process's share of the rows: every `world_size`-th. All processes have as many, since they generate together
+    where the model is sharded: those that would have one fewer get another's, marked as a filler.
+    """
 
     def __init__(self, rows, rank: int, world_size: int):
         self.rows = rows
@@ -1095,8 +1105,17 @@ class _Share(torch.utils.data.IterableDataset):
         self.world_size = world_size
 
     def __iter__(self) -> Iterator[dict]:
-        rows = (self.rows[i] for i in range(len(self.rows))) if hasattr(self.rows, "__len__") else iter(self.rows)
-        return (row for i, row in enumerate(rows) if i % self.world_size == self.rank)
+        if hasattr(self.rows, "__len__"):
+            # Images of other processes are not read
+            for first in range(0, len(self.rows), self.world_size):
+                own = first + self.rank
+                filler = own >= len(self.rows)
+                yield {**self.rows[first if filler else own], _FILLER: filler}
+            return
+        rows = iter(self.rows)
+        while block := list(islice(rows, self.world_size)):
+            filler = self.rank >= len(block)
+            yield {**block[0 if filler else self.rank], _FILLER: filler}
 
 
 def _agreement_only(**kwargs):

@@ -1,0 +1,84 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The trainer on several processes, launched as users launch it."""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from engines import ENGINES, command, environment, idle_movement, largest_difference, movement, run
+from tiny_models import tiny_qwen2_5_vl
+
+
+pytest.importorskip("deepspeed", reason="the tests of the engines need deepspeed: pip install evolmm-trl[deepspeed]")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_qwen2_5_vl(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def one_process(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return run(None, base, folder)[0], rollouts(folder)
+
+
+def rollouts(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+
+
+def without(log: list[dict]) -> list[dict]:
+    """Without what is measured on a clock, and of the whole run."""
+    clocks = ("time/", "train_", "total_flos", "_runtime", "_per_second", "step_time")
+    return [{k: v for k, v in row.items() if not any(clock in k for clock in clocks)} for row in log]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "multi_gpu", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"])
+def test_an_engine_trains_as_one_process_does(engine, base, one_process, tmp_path):
+    one, records = one_process
+    first, second = run(engine, base, tmp_path)
+    expected = ENGINES[engine]
+    assert (first["engine"], first["processes"], first["zero"]) == (expected.kind, 2, expected.zero)
+    assert first["model"] == expected.model
+    assert (first["sharded"] > 0) == (engine in ("zero3", "zero3_offload", "fsdp2"))
+    assert ("DeepSpeedCPUAdam" in first["optimizer"]) == (engine == "zero3_offload")
+    assert first["shared"] and second["shared"]
+
+    assert largest_difference(first["weights"], one["weights"]) < 1e-4
+    assert largest_difference(first["weights"], second["weights"]) == 0.0
+    assert idle_movement(first["weights"]) == idle_movement(one["weights"]) == 0.0
+    assert min(movement(first["weights"], role) for role in ("default", "proposer")) > 1e-2
+
+    assert first["baselines"] == second["baselines"] == pytest.approx(one["baselines"])
+    assert first["betas"] == second["betas"] == pytest.approx(one["betas"], rel=1e-4)
+    # One log per run, with each rollout once and in the order of the images
+    assert [(r["step"], r["image_id"], r["question"]) for r in rollouts(tmp_path)] == [
+        (r["step"], r["image_id"], r["question"]) for r in records
+    ]
+    for mine, theirs in zip(without(first["log"]), without(one["log"]), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+def test_a_process_that_dies_ends_the_job_with_its_error(base, tmp_path):
+    start = time.monotonic()
+    done = subprocess.run(
+        command("ddp", base, tmp_path, "--die"), env=environment(), timeout=300, capture_output=True, text=True
+    )
+    assert done.returncode != 0 and "MemoryError: process 1 has run out of memory" in done.stderr
+    assert time.monotonic() - start < 150
+    assert not list(tmp_path.glob("result-*.pt"))
