@@ -33,7 +33,7 @@ def let_fsdp_run_on_the_cpu() -> None:
     init = AcceleratorState.__init__
 
     def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
-        known = self.initialized
+        known = bool(AcceleratorState._shared_state)
         init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if not known and fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
@@ -101,12 +101,15 @@ def main():
     trainer.train(resume_from_checkpoint=args.resume or None)
     accelerator = trainer.accelerator
     plugin = accelerator.state.deepspeed_plugin
+    optimizer = trainer.optimizer
+    while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
     result = {
         "engine": accelerator.distributed_type.value,
         "processes": accelerator.num_processes,
         "zero": plugin.zero_stage if plugin else None,
         "model": type(trainer.model_wrapped).__name__,
-        "optimizer": [c.__name__ for c in type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__mro__],
+        "optimizer": [c.__name__ for c in type(optimizer).__mro__],
         "sharded": sum(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in trainer.model.parameters()),
         "baselines": {role: baseline.state_dict() for role, baseline in trainer.baselines.items()},
         "betas": {role: kl.beta for role, kl in trainer.kl.items()},

@@ -59,7 +59,7 @@ ENGINES = {
     "zero2": Engine(_accelerate("zero2"), "DEEPSPEED", "DeepSpeedEngine", 2),
     "zero3": Engine(_accelerate("zero3"), "DEEPSPEED", "DeepSpeedEngine", 3),
     "zero3_offload": Engine(_accelerate("zero3_offload"), "DEEPSPEED", "DeepSpeedEngine", 3),
-    "fsdp2": Engine(_accelerate("fsdp2"), "FSDP", "FSDPPeftModelForCausalLM"),
+    "fsdp2": Engine(_accelerate("fsdp2"), "FSDP", "FSDPPeftModel"),
 }
 
 

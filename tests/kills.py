@@ -29,7 +29,9 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from engines import command, environment, largest_difference
@@ -115,12 +117,28 @@ def attempt(base: str, folder: Path, steps: int, kill: tuple[int, float] | None)
     return None
 
 
-def contents(folder: Path) -> dict[str, bytes | dict]:
+def _values(state):
+    """The same with the bytes of its tensors and arrays."""
+    if isinstance(state, torch.Tensor):
+        state = state.numpy()
+    if isinstance(state, np.ndarray):
+        return str(state.dtype), state.shape, state.tobytes()
+    if isinstance(state, dict):
+        return {key: _values(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [_values(value) for value in state]
+    return state
+
+
+def contents(folder: Path) -> dict[str, Any]:
     """All that a run leaves behind, but for what a clock wrote."""
     checkpoint = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    found: dict[str, bytes | dict] = {"rollouts": (folder / "rollouts.jsonl").read_bytes(), "last": checkpoint.name}
+    found: dict[str, Any] = {"rollouts": (folder / "rollouts.jsonl").read_bytes(), "last": checkpoint.name}
     for path in sorted(checkpoint.rglob("*")):
-        if path.suffix in (".safetensors", ".pt", ".pth") or path.name in ("evolmm_state.json", "adapter_config.json"):
+        if path.suffix in (".pt", ".pth"):
+            # Its bytes also depend on which objects were the same one
+            found[str(path.relative_to(checkpoint))] = _values(torch.load(path, weights_only=False))
+        elif path.suffix == ".safetensors" or path.name in ("evolmm_state.json", "adapter_config.json"):
             found[str(path.relative_to(checkpoint))] = path.read_bytes()
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     found["log"] = [{k: v for k, v in row.items() if "time" not in k} for row in state["log_history"]]

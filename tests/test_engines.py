@@ -15,6 +15,7 @@
 """The trainer on several processes, launched as users launch it."""
 
 import json
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -72,6 +73,22 @@ def test_an_engine_trains_as_one_process_does(engine, base, one_process, tmp_pat
     ]
     for mine, theirs in zip(without(first["log"]), without(one["log"]), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_a_sharded_run_resumes_where_it_was(engine, base, tmp_path):
+    # The checkpoint is of before the proposer's first step, whose adapter has no optimizer state yet
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = run(engine, base, tmp_path, **options)[0]
+    records = (tmp_path / "rollouts.jsonl").read_bytes()
+    for result in tmp_path.glob("result-*.pt"):
+        result.unlink()
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    resumed = run(engine, base, tmp_path, "--resume", **options)[0]
+    assert len(resumed["weights"]) == 3 and resumed["sharded"] > 0
+    assert largest_difference(resumed["weights"], whole["weights"][3:]) == 0.0
+    assert resumed["betas"] == whole["betas"] and resumed["baselines"] == whole["baselines"]
+    assert (tmp_path / "rollouts.jsonl").read_bytes() == records
 
 
 def test_a_process_that_dies_ends_the_job_with_its_error(base, tmp_path):

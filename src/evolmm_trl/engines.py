@@ -16,9 +16,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.constants import OPTIMIZER_NAME
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
 
 
@@ -54,6 +57,30 @@ def engine_optimizer(
             super().__init__(params, adamw_mode=True, **kwargs)
 
     return CPUAdamW
+
+
+def load_fsdp2_optimizer(
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: str | Path
+) -> None:
+    """
+    Loads the optimizer's state as Accelerate does, but for a role that has made no step yet: it has no state, which
+    Accelerate takes for an error.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]), model (`torch.nn.Module`), optimizer (`torch.optim.Optimizer`):
+            The trainer's, prepared.
+        checkpoint (`str` or `Path`):
+            Folder with `optimizer.bin`, as state dicts of the type `FULL_STATE_DICT` are saved.
+    """
+    file = Path(checkpoint) / f"{OPTIMIZER_NAME}.bin"
+    if not file.is_file():
+        raise ValueError(
+            f"{checkpoint} has no {file.name}. Resuming under FSDP2 needs `fsdp_state_dict_type: FULL_STATE_DICT`, as in "
+            "accelerate_configs/fsdp2.yaml."
+        )
+    state = torch.load(file, weights_only=True) if accelerator.is_main_process else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer), state, options=options)
 
 
 @contextmanager

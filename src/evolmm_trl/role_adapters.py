@@ -26,7 +26,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers.modeling_utils import set_zero3_state
 
 from .schedule import PROPOSER, ROLES, SOLVER
 
@@ -232,7 +234,8 @@ def vision_tower_name(
             f"{model} is a {config.model_type} model without a vision tower: `EvoLMMTrainer` trains vision-language "
             "models. Pass one, such as a Qwen2.5-VL or Qwen3-VL checkpoint."
         )
-    with torch.device("meta"):
+    # The second says that DeepSpeed's ZeRO-3 has made its preparations, which it would make with the weights there are not
+    with torch.device("meta"), set_zero3_state():
         return vision_tower(AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code))[0]
 
 
@@ -359,7 +362,7 @@ def load_role_adapters(model: PeftModel, folder: str | Path) -> None:
     for role in ROLES if separate else (SOLVER,):
         adapter = ADAPTER_OF[role]
         place = Path(folder) / (adapter if role == PROPOSER else "")
-        state = load_file(place / "adapter_model.safetensors")
+        state = _as_held(model, adapter, load_file(place / "adapter_model.safetensors"))
         result = set_peft_model_state_dict(model, state, adapter_name=adapter)
         missing = [name for name in result.missing_keys if f".{adapter}." in name]
         if missing or result.unexpected_keys:
@@ -368,6 +371,19 @@ def load_role_adapters(model: PeftModel, folder: str | Path) -> None:
                 f"{len(result.unexpected_keys)} are unknown (such as {(missing + list(result.unexpected_keys))[0]}). Use "
                 "the base model and the `peft_config` it was trained with."
             )
+
+
+def _as_held(model: PeftModel, adapter: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a file, sharded as the adapter's parameters are."""
+    parameters = dict(model.named_parameters())
+    held = {}
+    for name, tensor in state.items():
+        stem, dot, suffix = name.partition(".weight")
+        parameter = parameters.get(f"{stem}.{adapter}{dot}{suffix}")
+        if isinstance(parameter, DTensor):
+            tensor = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+        held[name] = tensor
+    return held
 
 
 def load_solver(base: str, adapter: str, **kwargs):

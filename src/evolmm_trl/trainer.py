@@ -35,7 +35,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
@@ -44,7 +44,7 @@ from trl.trainer.utils import get_config_model_id
 from .answers import canonical_answer
 from .config import DEFAULT_STREAM_ROLLOUTS, EvoLMMConfig
 from .data import ReadableImageStream, readable_images
-from .engines import engine_optimizer, whole_weights
+from .engines import engine_optimizer, load_fsdp2_optimizer, whole_weights
 from .evaluation import Scores, score_answers
 from .kl import AdaptiveKL
 from .model_card import write_model_card
@@ -1047,7 +1047,11 @@ class EvoLMMTrainer(GRPOTrainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.accelerator.is_fsdp2:
+            load_fsdp2_optimizer(self.accelerator, self.model, self.optimizer, checkpoint)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         state = json.loads((Path(checkpoint) / STATE_NAME).read_text())
