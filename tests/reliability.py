@@ -65,7 +65,7 @@ def table(header: list[str], rows: list[list]) -> str:
 
 
 def engines(folder: Path) -> tuple[str, dict]:
-    base = tiny_qwen2_5_vl(folder / "base")
+    base = str(tiny_qwen2_5_vl(folder / "base"))
     rows, figures = [], {}
     for mode, (arguments, options) in MODES.items():
         one = run(None, base, folder / mode / "one", *arguments, **options)[0]
@@ -88,7 +88,7 @@ def engines(folder: Path) -> tuple[str, dict]:
 
 
 def survived(folder: Path) -> tuple[str, dict]:
-    base = tiny_qwen2_5_vl(folder / "base")
+    base = str(tiny_qwen2_5_vl(folder / "base"))
     one = kills.one_process(base, folder / "one", kills=20, seed=0, steps=24)
     figures = {"one process": one}
     same = "nothing" if not one["differences"] else ", ".join(one["differences"])
@@ -157,7 +157,7 @@ def bad_images() -> dict[str, dict]:
 
 
 def inputs(folder: Path) -> tuple[str, dict]:
-    base = tiny_qwen2_5_vl(folder / "base")
+    base = str(tiny_qwen2_5_vl(folder / "base"))
     rows, figures = [], {}
     good = [{"bytes": _saved(image, "PNG"), "path": None} for image in noise_images(3, side=84)]
     for name, image in bad_images().items():

@@ -432,6 +432,11 @@ class EvoLMMTrainer(GRPOTrainer):
                 )
         elif resume_from_checkpoint:
             check_complete(resume_from_checkpoint)
+        if resume_from_checkpoint and self.is_deepspeed_enabled and self.accelerator.is_main_process:
+            logger.warning(
+                "DeepSpeed reads %s by pickle, which can run code: resume from checkpoints of your own alone.",
+                resume_from_checkpoint,
+            )
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
