@@ -37,6 +37,7 @@ DEFAULTS = {
     # What EvoLMM adds
     "max_question_length": 128,
     "extra_votes": 0,
+    "image_root": None,
     "max_pixels": 1280 * 28 * 28,
     "prompts": None,
     "reward": "continuous",
@@ -136,6 +137,7 @@ def test_without_an_accelerator_weights_are_not_cast_to_bfloat16():
     ("wrong", "message"),
     [
         ({"use_vllm": True}, "use_vllm=True.*once per step, for one policy.*Set `use_vllm=False`"),
+        ({"ignore_data_skip": True}, "the images of other steps.*Set `ignore_data_skip=False`"),
         ({"num_iterations": 2}, "num_iterations=2.*exactly one optimizer step.*gradient_accumulation_steps"),
         ({"steps_per_generation": 2}, "steps_per_generation=2.*exactly one optimizer step"),
         ({"generation_batch_size": 40}, "steps_per_generation=8.*Leave .*`generation_batch_size` unset"),

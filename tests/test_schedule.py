@@ -13,6 +13,7 @@
 # limitations under the License.
 
 
+import json
 from itertools import chain, islice
 
 import pytest
@@ -22,7 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from evolmm_trl.schedule import PROPOSER, SOLVER, RoleSchedule, RolloutSampler, RolloutStream
+from evolmm_trl.data import EndlessImages, ReadableImageStream
+from evolmm_trl.schedule import PROPOSER, SOLVER, RoleSchedule, RolloutSampler, RolloutStream, as_it_is
 
 
 schedules = st.builds(RoleSchedule, st.integers(1, 6), st.booleans())
@@ -50,14 +52,6 @@ def over_ranks(number, **shape):
     """For each micro-batch of the first epochs, its rows on all ranks."""
     ranks = [epochs(RolloutSampler(**shape, rank=rank), number) for rank in range(shape["world_size"])]
     return [list(chain(*batches)) for batches in zip(*ranks, strict=True)]
-
-
-def stream(num_rows):
-    return Dataset.from_dict({"row": list(range(num_rows))}).to_iterable_dataset()
-
-
-def row_numbers(batches):
-    return [[row["row"] for row in batch] for batch in batches]
 
 
 # Roles
@@ -202,6 +196,30 @@ def test_a_loader_that_skips_batches_reads_what_the_interrupted_epoch_had_left(e
 # The stream
 
 
+class Numbered(ReadableImageStream):
+    """Reads no image: a row is its number."""
+
+    def __init__(self, dataset):
+        super().__init__(dataset)
+        self._reader = self
+
+    def read(self, row, index):
+        return row
+
+
+def numbers(count, shards=1):
+    rows = {"row": list(range(count)), "image": [f"{i}.png" for i in range(count)]}
+    return Dataset.from_dict(rows).to_iterable_dataset(num_shards=shards)
+
+
+def rollouts(dataset, schedule, seed=0, shuffle=False, **options):
+    return RolloutStream(EndlessImages(Numbered(dataset), seed, shuffle), schedule, **options)
+
+
+def row_numbers(batches):
+    return [[row["row"] for row in batch] for batch in batches]
+
+
 @settings(deadline=None, max_examples=40)
 @given(shapes)
 def test_a_stream_is_read_as_a_dataset_is_without_shuffling(shape):
@@ -209,30 +227,91 @@ def test_a_stream_is_read_as_a_dataset_is_without_shuffling(shape):
     for rank in range(shape["world_size"]):
         sampler = RolloutSampler(num_rows, seed=0, shuffle=False, rank=rank, **shape)
         expected = epochs(sampler, 2)
-        batches = RolloutStream(stream(num_rows), rank=rank, **shape)
+        batches = rollouts(numbers(num_rows), rank=rank, **shape)
         assert row_numbers(islice(batches, len(expected))) == expected
 
 
-def test_every_pass_over_a_shuffled_stream_has_another_order():
-    shuffled = stream(40).shuffle(seed=0, buffer_size=100)
-    batches = RolloutStream(shuffled, RoleSchedule(1), images_per_process=8, micro_batches=1)
-    rows = list(chain(*row_numbers(islice(batches, 20))))
-    first, second = rows[:40], rows[40:]
+@settings(deadline=None, max_examples=8)
+@given(shapes, st.integers(0, 3))
+def test_the_ranks_partition_the_rollout_of_one_process_over_a_shuffled_stream(shape, seed):
+    num_rows = shape.pop("num_rows")
+
+    def read(rank=0, **changed):
+        return row_numbers(islice(rollouts(numbers(num_rows), seed=seed, shuffle=True, rank=rank, **changed), 20))
+
+    alone = {**shape, "world_size": 1, "images_per_process": shape["images_per_process"] * shape["world_size"]}
+    ranks = [read(rank, **shape) for rank in range(shape["world_size"])]
+    assert [list(chain(*batches)) for batches in zip(*ranks, strict=True)] == read(**alone)
+
+
+def test_every_pass_over_a_shuffled_stream_has_another_order_and_the_seed_alone_decides():
+    def passes(seed, **options):
+        batches = rollouts(numbers(40), RoleSchedule(1), seed, True, images_per_process=8, micro_batches=1, **options)
+        rows = list(chain(*row_numbers(islice(batches, 20))))
+        return rows[:40], rows[40:]
+
+    first, second = passes(7)
     assert sorted(first) == sorted(second) == list(range(40))
-    assert first != second
+    assert first != second and first != sorted(first)
+    assert passes(7) == passes(7, num_workers=1) == (first, second)
+    assert passes(8)[0] != first
 
 
 def test_a_stream_iterated_anew_starts_anew():
-    batches = RolloutStream(stream(7), RoleSchedule(1), images_per_process=2, micro_batches=1)
+    batches = rollouts(numbers(7), RoleSchedule(1), images_per_process=2, micro_batches=1)
     assert row_numbers(islice(batches, 5)) == row_numbers(islice(batches, 5)) == [[0, 1], [], [2, 3], [], [4, 5]]
 
 
-@pytest.mark.parametrize("skipped", [1, 5, 8, 17])
-def test_a_loader_over_a_stream_that_skips_batches_goes_on_where_it_was(skipped):
-    def loader():
-        batches = RolloutStream(stream(7), RoleSchedule(2), images_per_process=3, micro_batches=2)
-        return DataLoader(batches, batch_size=None, collate_fn=list)
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("steps", [1, 3, 4, 8])
+def test_a_stream_resumed_as_transformers_resumes_it_goes_on_where_it_was(steps, num_workers):
+    def make():
+        shape = {"images_per_process": 3, "micro_batches": 2, "num_workers": num_workers}
+        stream = rollouts(numbers(7), RoleSchedule(2), 0, True, **shape)
+        return stream, DataLoader(stream, batch_size=None, collate_fn=as_it_is)
 
-    expected = row_numbers(islice(loader(), 30))
-    resumed = skip_first_batches(loader(), skipped)
-    assert row_numbers(islice(resumed, 30 - skipped)) == expected[skipped:]
+    expected = row_numbers(islice(make()[1], 40))
+    stream, loader = make()
+    list(islice(loader, steps * 2))
+    state = json.loads(json.dumps(stream.state_dict(steps)))  # of what was taken, although a worker has read on
+    stream, loader = make()
+    stream.load_state_dict(state)
+    resumed = skip_first_batches(loader, steps * 2)
+    assert row_numbers(islice(resumed, 40 - steps * 2)) == expected[steps * 2 :]
+
+
+def test_a_stream_that_was_read_ahead_of_training_has_no_state_for_the_step():
+    stream = rollouts(numbers(7), RoleSchedule(2), images_per_process=3, micro_batches=1)
+    list(islice(stream, 3))
+    assert stream.state_dict(3)["step"] == 3
+    with pytest.raises(RuntimeError, match="read it ahead"):
+        stream.state_dict(2)
+
+
+# Saying so
+
+
+def test_a_dataset_smaller_than_a_rollout_and_a_stream_that_ends_are_said(caplog):
+    RolloutSampler(4, RoleSchedule(5), images_per_process=2, micro_batches=1, seed=0, world_size=2)
+    assert not caplog.records
+    RolloutSampler(3, RoleSchedule(5), images_per_process=2, micro_batches=1, seed=0, world_size=2)
+    assert "has 3 images and a rollout takes 4: every rollout repeats images" in caplog.text
+    list(islice(rollouts(numbers(3), RoleSchedule(5), images_per_process=4, micro_batches=1), 4))
+    assert caplog.text.count("ended after 3 images and is read again, in pass 2") == 1
+    assert "in pass 3" not in caplog.text  # once is enough
+
+
+def test_a_dataset_that_has_changed_since_the_checkpoint_is_said(caplog):
+    def sampler(rows):
+        return RolloutSampler(rows, RoleSchedule(5), images_per_process=1, micro_batches=1, seed=0)
+
+    sampler(7).load_state_dict(sampler(7).state_dict(12))
+    assert not caplog.records
+    sampler(8).load_state_dict(sampler(7).state_dict(12))
+    assert "the dataset was one of 7 images, and now it has 8" in caplog.text
+    stream = rollouts(numbers(7), RoleSchedule(5), images_per_process=1, micro_batches=1)
+    list(islice(stream, 2))
+    sampler(8).load_state_dict(stream.state_dict(2))
+    assert "the dataset was a stream" in caplog.text
+    stream.load_state_dict(sampler(7).state_dict(2))
+    assert "the dataset was no stream" in caplog.text

@@ -41,6 +41,9 @@ class EvoLMMConfig(GRPOConfig):
             Longest answer, in tokens (EvoLMM's code: 128).
         max_question_length (`int`, *optional*, defaults to `128`):
             Longest question, in tokens (EvoLMM's code: 128).
+        image_root (`str`, *optional*):
+            Folder that image paths in a dataset start from and may not leave. If `None`, the working directory. Folders
+            given to `load_images` are allowed without it.
         max_pixels (`int`, *optional*, defaults to `1003520`):
             Images with more pixels are made smaller (1003520 = 1280 x 28 x 28, at most 1,280 image tokens of Qwen2.5-VL).
         prompts (`dict[str, str]` or `str`, *optional*):
@@ -148,6 +151,13 @@ class EvoLMMConfig(GRPOConfig):
         default=0, metadata={"help": "Answers per question that count in the vote and are not trained on."}
     )
     max_question_length: int = field(default=128, metadata={"help": "Longest question, in tokens."})
+    image_root: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that image paths in a dataset start from and may not leave. None: the working directory. "
+            "Folders given to `load_images` are allowed without it."
+        },
+    )
     max_pixels: int | None = field(
         default=1280 * 28 * 28, metadata={"help": "Images with more pixels are made smaller. `None`: no limit."}
     )
@@ -251,6 +261,11 @@ class EvoLMMConfig(GRPOConfig):
             raise ValueError(
                 f"scale_rewards={self.scale_rewards!r} is not supported: dividing by the standard deviation of a group "
                 "turns an unanimous group into a pure length reward. Set scale_rewards='none'."
+            )
+        if self.ignore_data_skip:
+            raise ValueError(
+                "`ignore_data_skip=True` is not supported: a resumed run would read the images of other steps. A run finds "
+                "its place without reading what came before. Set `ignore_data_skip=False`."
             )
         if self.multi_objective_aggregation != "sum_then_normalize" or self.pad_to_multiple_of is not None:
             raise ValueError(

@@ -4,8 +4,12 @@ Every image is written by a stranger. So a dataset carries the undecoded file, d
 cannot be decoded becomes an [`UnreadableImageError`] with a reason, which the two readers at the end turn into a skip:
 
     load_images ──► {"image": {"bytes", "path"}, "image_id"} ──► ReadableImages / ReadableImageStream ──► 8-bit RGB
+
+Training reads a stream through [`EndlessImages`], which gives it an order, replacements and a place to resume at.
 """
 
+import errno
+import hashlib
 import logging
 import math
 import os
@@ -13,20 +17,28 @@ import re
 import stat
 import struct
 import tarfile
+import threading
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import count, islice
 from pathlib import Path, PurePosixPath
+from uuid import uuid4
 
+import datasets
 import fsspec
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import torch
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from datasets.fingerprint import Hasher
+from huggingface_hub.constants import HF_HUB_CACHE
 
 
 logger = logging.getLogger(__name__)
@@ -34,11 +46,18 @@ logger = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 COLUMNS = Features({"image": Image(decode=False), "image_id": Value("string")})
-FOLDER_SHARDS = 64  # a streamed folder can be spread over this many DataLoader workers or processes
+FOLDER_SHARDS = 64  # parts of a streamed folder that a shuffle mixes
+STREAM_BLOCK = 1000  # rows of a stream that are in memory, undecoded, and are shuffled among each other ...
+STREAM_BLOCK_BYTES = 2**29  # ... or fewer, if their files are large
+MAX_UNREADABLE_IN_A_ROW = 10_000
+LISTING_ROWS = 10_000  # file names that a listing holds in memory before it writes them
 
 # The decoders that strangers' bytes may reach. Not among them: EPS, which would start ghostscript.
 PIL_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_FILE_BYTES = 2**30
+MAX_DECODE_SECONDS = 60
+MAX_JPEG_SCANS = 100  # libtiff's limit, too; encoders write about ten. Each costs a pass over all pixels
+JPEG_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # the markers that a length follows, and the end
 MAX_DECODED_PIXELS = 89_478_485  # from here on PIL itself warns of a decompression bomb
 MIN_SIDE = 4  # pixels; a shorter side holds nothing to ask about
 MAX_ASPECT_RATIO = 200  # beyond it the image processors of the Qwen-VL family raise
@@ -57,6 +76,10 @@ DAMAGED = (
     struct.error,
     zlib.error,
 )
+
+
+# Folders that this process was told to take images from, by `load_images`
+_listed_folders: set[str] = set()
 
 
 class UnreadableImageError(ValueError):
@@ -146,60 +169,93 @@ def _refuse_other_arguments(source: str | Path, kind: str, split: str = "train",
 
 
 def _load_folder(folder: Path, streaming: bool, include: list[str] | None) -> Dataset | IterableDataset:
-    names = _image_names(folder, include)
-    if not names:
+    root = os.path.abspath(folder)
+    if include is not None:
+        _check_subfolders(root, include)
+    dataset = Dataset.from_file(str(_write_listing(root, include)))
+    if len(dataset) == 0:
         where = f"folder {str(folder)!r}" + (f" under {sorted(include)}" if include is not None else "")
         raise ValueError(
             f"There are no images in {where}. Expected files ending in {', '.join(IMAGE_SUFFIXES)}, at any depth. "
             "If the images are inside parquet files, pass `datasets.load_dataset(...)` to the trainer instead."
         )
-    root = os.path.abspath(folder)
-    files = [{"bytes": None, "path": os.path.join(root, name)} for name in names]
-    dataset = Dataset.from_dict({"image": files, "image_id": names}, features=COLUMNS)
-    # The rows are paths in memory: streaming them costs nothing and keeps an exact place for `state_dict`.
-    return dataset.to_iterable_dataset(num_shards=min(FOLDER_SHARDS, len(names))) if streaming else dataset
+    _listed_folders.add(os.path.realpath(root))
+    # The rows are paths: streaming them costs nothing and keeps an exact place for `state_dict`.
+    return dataset.to_iterable_dataset(num_shards=min(FOLDER_SHARDS, len(dataset))) if streaming else dataset
 
 
-def _image_names(folder: Path, include: list[str] | None) -> list[str]:
-    """Paths of the images, relative to `folder`, sorted."""
-    tops = [folder] if include is None else _subfolders(folder, include)
-    names = [
-        (Path(root) / file).relative_to(folder).as_posix()
-        for top in tops
-        for root, subfolders, files in _walk_visible(top)
-        for file in files
-        if _is_image_name(file)
-    ]
-    encodable = sorted(name for name in names if _is_unicode(name))
-    if len(encodable) < len(names):
-        logger.warning(
-            "%d image names in %s are not valid UTF-8 and were left out", len(names) - len(encodable), folder
-        )
-    return encodable
+def _write_listing(root: str, include: list[str] | None) -> Path:
+    """
+    Lists a folder into an Arrow file of the cache of `datasets`, which is then mapped into memory and not read into it.
+    The file is named by its content: a folder that has changed is another file, one that has not is the same file for
+    all processes.
+    """
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "evolmm_trl"
+    cache.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(os.fsencode(root))
+    names = _image_names(root, include)
+    unfinished = cache / f"{uuid4().hex}.unfinished"
+    try:
+        with open(unfinished, "wb") as file, pa.ipc.new_stream(file, COLUMNS.arrow_schema) as writer:
+            while part := list(islice(names, LISTING_ROWS)):
+                digest.update("\0".join(["", *part]).encode())
+                rows = {
+                    "image": [{"bytes": None, "path": os.path.join(root, name)} for name in part],
+                    "image_id": part,
+                }
+                writer.write_table(pa.table(rows, schema=COLUMNS.arrow_schema))
+        listing = cache / f"folder-{digest.hexdigest()[:32]}.arrow"
+        os.replace(unfinished, listing)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    return listing
 
 
-def _subfolders(folder: Path, include: list[str]) -> list[Path]:
-    _, visible, _ = next(_walk_visible(folder))
-    available = sorted(name for name in visible if not (folder / name).is_symlink())
+def _image_names(root: str, include: list[str] | None) -> Iterator[str]:
+    """Paths of the images relative to `root`, sorted; in memory are the names of one folder at a time and its parents."""
+    not_unicode = 0
+    open_folders = [_folder_entries(root, "", include)]
+    while open_folders:
+        for name in open_folders[-1]:
+            if name.endswith("/"):
+                open_folders.append(_folder_entries(root, name))
+                break
+            if _is_unicode(name):
+                yield name
+            else:
+                not_unicode += 1
+        else:
+            open_folders.pop()
+    if not_unicode:
+        logger.warning("%d image names in %s are not valid UTF-8 and were left out", not_unicode, root)
+
+
+def _folder_entries(root: str, folder: str, include: list[str] | None = None) -> Iterator[str]:
+    """Visible subfolders and images of one folder. Subfolders end in "/", so that their order is that of whole paths."""
+    names = []
+    with os.scandir(os.path.normpath(os.path.join(root, folder))) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                if not entry.is_symlink() and (include is None or entry.name in include):
+                    names.append(entry.name + "/")
+            elif include is None and _is_image_name(entry.name):
+                names.append(entry.name)
+    names.sort()
+    return (folder + name for name in names)
+
+
+def _check_subfolders(root: str, include: list[str]):
+    available = [name[:-1] for name in _folder_entries(root, "") if name.endswith("/")]
     unknown = sorted(set(include) - set(available))
     if unknown:
-        raise ValueError(
-            f"`include` names {unknown}, which are not subfolders of {str(folder)!r}. Available: {available}."
-        )
-    return [folder / name for name in sorted(set(include))]
-
-
-def _walk_visible(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    def fail(error: OSError):  # os.walk alone would leave out a folder it may not read
-        raise error
-
-    for root, subfolders, files in os.walk(top, onerror=fail):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield root, subfolders, files
+        raise ValueError(f"`include` names {unknown}, which are not subfolders of {root!r}. Available: {available}.")
 
 
 def _is_image_name(name: str) -> bool:
-    base = PurePosixPath(name).name
+    base = name.rpartition("/")[2]
     return base.lower().endswith(IMAGE_SUFFIXES) and not base.startswith(".")
 
 
@@ -253,7 +309,10 @@ def _images_in_shards(shards: list[str]) -> Iterator[dict]:
 def _images_in_tar(file) -> Iterator[dict]:
     with tarfile.open(fileobj=file, mode="r|*") as tar:
         for member in tar:
-            if member.isfile() and _is_image_name(member.name) and member.size <= MAX_FILE_BYTES:
+            if member.isfile() and _is_image_name(member.name):
+                if member.size > MAX_FILE_BYTES:
+                    logger.warning("Skipped image %r: file too large (%d bytes)", member.name, member.size)
+                    continue
                 # No "path": `datasets` would prefer a file of that name on this machine to the bytes.
                 image = {"bytes": tar.extractfile(member).read(), "path": None}
                 yield {"image": image, "image_id": os.path.splitext(member.name)[0]}
@@ -345,12 +404,12 @@ def decode_image(
 
     Raises:
         [`UnreadableImageError`]: if the file is missing, empty, damaged, too large, or of a format not in
-            `PIL_FORMATS`; or if the image has more than `MAX_DECODED_PIXELS`, a side under `MIN_SIDE`, or an aspect
-            ratio above `MAX_ASPECT_RATIO`.
+            `PIL_FORMATS`; if the image has more than `MAX_DECODED_PIXELS`, more than `MAX_JPEG_SCANS`, a side under
+            `MIN_SIDE`, or an aspect ratio above `MAX_ASPECT_RATIO`; or if it takes more than `MAX_DECODE_SECONDS`.
         `TypeError`: if `value` is of no type that can hold an image.
     """
     _check_max_pixels(max_pixels)
-    return _decode(value, max_pixels)[0]
+    return _decode(_content(value), max_pixels)[0]
 
 
 def _check_max_pixels(max_pixels: int | None):
@@ -361,14 +420,34 @@ def _check_max_pixels(max_pixels: int | None):
         )
 
 
-def _decode(value, max_pixels: int | None) -> tuple[PIL.Image.Image, bool]:
+def _decode(content: PIL.Image.Image | bytes, max_pixels: int | None) -> tuple[PIL.Image.Image, bool]:
     """The RGB image, and whether it had to be shrunk."""
-    image = value if isinstance(value, PIL.Image.Image) else _open(_file_content(value))
+    # In a thread, since nothing can interrupt a decoder. PIL lets other threads run while it decodes.
+    done = Future()
+    thread = threading.Thread(target=_decode_into, args=(done, content, max_pixels), daemon=True)
+    thread.start()
+    # Second by second: of the time in which the whole process stands still, one second counts at most
+    for _ in range(MAX_DECODE_SECONDS):
+        thread.join(timeout=1)
+        if done.done():
+            return done.result()
+    raise UnreadableImageError("takes too long to decode", f"more than {MAX_DECODE_SECONDS} seconds")
+
+
+def _decode_into(done: Future, content: PIL.Image.Image | bytes, max_pixels: int | None):
+    try:
+        done.set_result(_decode_now(content, max_pixels))
+    except BaseException as error:  # all of them, to be raised where the result is waited for
+        done.set_exception(error)
+
+
+def _decode_now(content: PIL.Image.Image | bytes, max_pixels: int | None) -> tuple[PIL.Image.Image, bool]:
+    image = _open(content) if isinstance(content, bytes) else content
     _check_size(image.size)
     target = _size_within(image.size, max_pixels)
     shrink = target != image.size
     with _unreadable_if_pil_fails():
-        if shrink and image is not value:
+        if shrink and isinstance(content, bytes):
             image.draft(None, target)  # lets the JPEG decoder halve the image as often as it can; others ignore it
         image.load()
         rgb = _to_rgb(image)
@@ -377,13 +456,64 @@ def _decode(value, max_pixels: int | None) -> tuple[PIL.Image.Image, bool]:
         return _upright(rgb, _orientation(image)), shrink
 
 
-def _file_content(value) -> bytes:
+class ImagePaths:
+    """
+    Which files of this machine the rows of a dataset may name. A row is a stranger's, unlike a path in the program.
+
+    Allowed are the files of `root`, of the caches of the Hub and of `datasets`, where downloaded images lie, and of the
+    folders given to [`load_images`] so far. In the latter a file may be a link to elsewhere.
+
+    Args:
+        root (`str`, *optional*):
+            Folder that relative paths start from. If `None`, the working directory.
+
+    Raises:
+        `ValueError`: if `root` is no folder.
+    """
+
+    def __init__(self, root: str | None = None):
+        self.root = os.path.realpath(root or os.getcwd())
+        if not os.path.isdir(self.root):
+            raise ValueError(f"`image_root` is {root!r}, expected a folder. Check the path.")
+        caches = (HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
+        self._roots = [self.root, *(os.path.realpath(cache) for cache in caches)]
+        self._listed = sorted(_listed_folders)
+
+    def resolve(self, path: str) -> str:
+        """Where `path` leads, if it may."""
+        try:
+            full = os.path.join(self.root, path)
+            resolved = os.path.realpath(full)
+            folder, name = os.path.split(full)
+            in_its_folder = os.path.normpath(os.path.join(os.path.realpath(folder), name))
+        except ValueError:  # a null byte
+            raise UnreadableImageError("missing file") from None
+        if _is_within(resolved, self._roots) or _is_within(in_its_folder, self._listed):
+            return resolved
+        raise UnreadableImageError(
+            "path outside the image root",
+            f"{path!r} is not in {self.root!r}; if it should be read, set `image_root` to the folder of the images",
+        )
+
+
+def _is_within(path: str, folders: list[str]) -> bool:
+    return any(path.startswith(folder.rstrip("/") + "/") for folder in folders)
+
+
+def _content(value, paths: ImagePaths | None = None) -> PIL.Image.Image | bytes:
+    """The content of the file, or the image if it is one. Paths are those of the program unless there are rules."""
+    if isinstance(value, PIL.Image.Image):
+        return value
     if isinstance(value, dict) and value.keys() & {"bytes", "path"}:
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if value is None:
         raise UnreadableImageError("no image")
-    if isinstance(value, (str, Path)):
-        value = _read_remote(value) if isinstance(value, str) and "://" in value else _read_file(value)
+    if isinstance(value, str) and "://" in value:
+        value = _read_remote(value)
+    elif isinstance(value, str):
+        value = _read_file(value if paths is None else paths.resolve(value))
+    elif isinstance(value, Path):
+        value = _read_file(value)
     if not isinstance(value, bytes):
         raise TypeError(
             f"The image is a {type(value).__name__}, expected a PIL image, bytes, a path or a dict with 'bytes' or "
@@ -406,12 +536,17 @@ def _read_file(path: str | Path) -> bytes:
         raise UnreadableImageError("missing file") from None
     except PermissionError:
         raise UnreadableImageError("no permission to read the file") from None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise UnreadableImageError("missing file", os.strerror(error.errno)) from None
+        raise
 
 
 def _read_remote(url: str) -> bytes:
     # `datasets` gives such paths when it streams image files from the Hub. A row is a stranger's: it must not make
-    # this machine fetch from just anywhere.
-    if not url.split("::")[-1].startswith("hf://"):
+    # this machine fetch from just anywhere, nor read its own files: `file://a::hf://b` reads a.
+    *inside, archive = url.split("::")
+    if not archive.startswith("hf://") or not all(part.startswith(("zip://", "tar://", "gzip://")) for part in inside):
         raise UnreadableImageError("remote file that is not on the Hub")
     try:
         with fsspec.open(url, "rb") as file:
@@ -434,8 +569,23 @@ def _unreadable_if_pil_fails():
 
 def _open(content: bytes) -> PIL.Image.Image:
     """Reads the header only."""
+    if content.startswith(b"\xff\xd8"):
+        _check_scans(content)
     with _unreadable_if_pil_fails():
         return PIL.Image.open(BytesIO(content), formats=PIL_FORMATS)
+
+
+def _check_scans(jpeg: bytes):
+    """A scan of a hundred bytes costs a pass over all pixels: without a limit, a small file takes hours."""
+    scans, position = 0, 2
+    while marker := JPEG_SEGMENT.search(jpeg, position):
+        kind = jpeg[marker.end() - 1]
+        if kind == 0xD9:  # the end of the image
+            return
+        scans += kind == 0xDA
+        if scans > MAX_JPEG_SCANS:
+            raise UnreadableImageError("too many scans", f"more than {MAX_JPEG_SCANS}")
+        position = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")
 
 
 def _check_size(size: tuple[int, int]):
@@ -509,9 +659,10 @@ def _upright(rgb: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
 class _RowReader:
     """Decodes rows for the two readers below; counts and logs those it cannot."""
 
-    def __init__(self, max_pixels: int | None):
+    def __init__(self, max_pixels: int | None, paths: ImagePaths):
         _check_max_pixels(max_pixels)
         self.max_pixels = max_pixels
+        self.paths = paths
         self.skipped: Counter[str] = Counter()
         self.warned_of_shrinking = False
 
@@ -519,7 +670,7 @@ class _RowReader:
         """The row with its `image` decoded and an `image_id`, or `None` if the image is unreadable."""
         image_id = _image_id(row, index)
         try:
-            image, shrunk = _decode(row["image"], self.max_pixels)
+            image, shrunk = _decode(_content(row["image"], self.paths), self.max_pixels)
         except UnreadableImageError as error:
             self._count(image_id, error)
             return None
@@ -533,9 +684,8 @@ class _RowReader:
     def _count(self, image_id: str, error: UnreadableImageError):
         self.skipped[error.reason] += 1
         total = self.skipped.total()
-        if total <= 5:
-            logger.warning("Skipped image %r: %s", image_id, error)
-        elif total == 10 ** (len(str(total)) - 1):  # 10, 100, 1000, ...
+        logger.log(logging.WARNING if total <= 5 else logging.INFO, "Skipped image %r: %s", image_id, error)
+        if total > 5 and total == 10 ** (len(str(total)) - 1):  # 10, 100, 1000, ...
             logger.warning("%d images skipped so far, the last one %r: %s", total, image_id, dict(self.skipped))
 
     def nothing_readable(self, seen: int) -> ValueError:
@@ -558,12 +708,14 @@ class ReadableImages(torch.utils.data.Dataset):
             `image_id`, the image's file name is taken, or else the row's index.
         max_pixels (`int`, *optional*):
             Images with more pixels are shrunk, see [`decode_image`].
+        image_root (`str`, *optional*):
+            Folder that paths in rows may not leave, see [`ImagePaths`].
 
     Raises:
         `ValueError`: if the dataset is empty or has no column `image`; when a row is asked for, if none is readable.
     """
 
-    def __init__(self, dataset, max_pixels: int | None = None):
+    def __init__(self, dataset, max_pixels: int | None = None, image_root: str | None = None):
         _check_is_one_dataset(dataset)
         if len(dataset) == 0:
             raise ValueError(
@@ -572,7 +724,7 @@ class ReadableImages(torch.utils.data.Dataset):
         columns = getattr(dataset, "column_names", None)
         _check_columns(dataset[0] if columns is None else columns)
         self.dataset = _without_decoding(dataset)
-        self._reader = _RowReader(max_pixels)
+        self._reader = _RowReader(max_pixels, ImagePaths(image_root))
         self._unreadable: set[int] = set()
 
     @property
@@ -605,8 +757,7 @@ class ReadableImageStream(torch.utils.data.IterableDataset):
     """
     A streaming dataset in which every row has a decoded image.
 
-    A row whose image cannot be read is counted, logged and left out. `state_dict`, `load_state_dict` and `set_epoch`
-    are the dataset's own, so that a stream resumes where it was.
+    A row whose image cannot be read is counted, logged and left out. Training reads it through [`EndlessImages`].
 
     Args:
         iterable_dataset ([`~datasets.IterableDataset`] or `torch.utils.data.IterableDataset`):
@@ -615,19 +766,20 @@ class ReadableImageStream(torch.utils.data.IterableDataset):
             in every DataLoader worker.
         max_pixels (`int`, *optional*):
             Images with more pixels are shrunk, see [`decode_image`].
+        image_root (`str`, *optional*):
+            Folder that paths in rows may not leave, see [`ImagePaths`].
 
     Raises:
         `ValueError`: if the dataset has no column `image`; at the end of a whole pass, if no row was readable.
     """
 
-    def __init__(self, iterable_dataset, max_pixels: int | None = None):
+    def __init__(self, iterable_dataset, max_pixels: int | None = None, image_root: str | None = None):
         _check_is_one_dataset(iterable_dataset)
         columns = getattr(iterable_dataset, "column_names", None)
         if columns is not None:
             _check_columns(columns)
         self.dataset = _without_decoding(iterable_dataset)
-        self._reader = _RowReader(max_pixels)
-        self._resumed = False
+        self._reader = _RowReader(max_pixels, ImagePaths(image_root))
 
     @property
     def skipped(self) -> Counter:
@@ -635,7 +787,6 @@ class ReadableImageStream(torch.utils.data.IterableDataset):
         return self._reader.skipped
 
     def __iter__(self) -> Iterator[dict]:
-        resumed, self._resumed = self._resumed, False
         seen = readable = 0
         for row in self.dataset:
             if seen == 0:
@@ -645,20 +796,217 @@ class ReadableImageStream(torch.utils.data.IterableDataset):
             if row is not None:
                 readable += 1
                 yield row
-        # What is left of a resumed pass may be empty; so may the share of one worker of several.
-        if readable == 0 and not resumed and (seen > 0 or torch.utils.data.get_worker_info() is None):
+        # The share of one worker of several may be empty
+        if readable == 0 and (seen > 0 or torch.utils.data.get_worker_info() is None):
             raise self._reader.nothing_readable(seen)
 
+
+@dataclass
+class _Block:
+    """Rows of a stream that are permuted together, and where they begin."""
+
+    start: dict
+    rows: list[tuple[int, dict]]  # with their index in the pass
+
+
+@dataclass
+class _WaitingRow:
+    block: _Block
+    offset: int  # in the block, after it was permuted
+    unreadable: bool = field(default=False)
+
+
+class EndlessImages:
+    """
+    The images of a stream in one endless order, pass after pass, that depends on the stream and the seed alone.
+
+    A pass is read in blocks of `STREAM_BLOCK` rows (or `STREAM_BLOCK_BYTES`), which stay undecoded in memory, and each
+    block is permuted. The order in which a stream's shards are read is shuffled and mixed by
+    [`~datasets.IterableDataset.shuffle`], which is exact to resume as long as its own buffer is not used.
+
+    A row whose image cannot be read is counted, logged and replaced by the next readable one, which is read again in its
+    own place. So no other row moves, and a process can decode its own rows alone.
+
+    Args:
+        images ([`ReadableImageStream`]):
+            The stream, of an [`~datasets.IterableDataset`].
+        seed (`int`):
+            Seed of the order.
+        shuffle (`bool`, *optional*, defaults to `True`):
+            Whether to shuffle. `False` reads the rows in order.
+    """
+
+    def __init__(self, images: ReadableImageStream, seed: int, shuffle: bool = True):
+        if images.dataset._distributed is not None:
+            raise ValueError(
+                "The stream was split with `split_dataset_by_node`. Every process takes its own part of each rollout, so "
+                "that the other parts would be lost. Pass the whole stream."
+            )
+        self.images = images
+        self.seed = seed
+        self.shuffle = shuffle
+        self.dataset = images.dataset.shuffle(seed=seed, buffer_size=1) if shuffle else images.dataset
+        self._said_that_it_ends = False
+        self._waiting: deque[_WaitingRow] = deque()
+        self._blocks: Iterator[_Block] | None = None  # not begun, so that it can be pickled for a worker
+
+    def take(self, number: int, part: slice = slice(None)) -> list[dict]:
+        """
+        The next `number` rows, of which those of `part` alone are decoded and returned.
+
+        Raises:
+            `ValueError`: if the stream has no rows, no column `image`, or no readable image where one is looked for.
+        """
+        rows = [self._readable(place) for place in range(number)[part]]
+        self._wait_for(number)
+        for _ in range(number):
+            row = self._waiting.popleft()
+            row.block.rows[row.offset] = None
+        return rows
+
+    def restart(self):
+        """Goes back to the first row of the first pass."""
+        self._waiting.clear()
+        self._blocks = None
+
     def state_dict(self) -> dict:
-        return self.dataset.state_dict()
+        """The place of the next row, to be kept as JSON."""
+        self._wait_for(1)
+        row = self._waiting[0]
+        return {**row.block.start, "offset": row.offset}
 
-    def load_state_dict(self, state_dict: dict):
-        self._resumed = True
-        self.dataset.load_state_dict(state_dict)
+    def load_state_dict(self, state: dict):
+        """Goes on from the place of `state`, by what the stream can seek, or else by reading it from the pass's start."""
+        start = {name: value for name, value in state.items() if name != "offset"}
+        found = self._go_to(start)
+        if found != start["rows_hash"] and start["dataset"] is not None:
+            logger.warning(
+                "The stream's own state leads elsewhere, so its pass is read again up to row %d.", start["first_row"]
+            )
+            found = self._go_to({**start, "dataset": None})
+        if found != start["rows_hash"]:
+            logger.warning(
+                "The images at row %d of the stream are not those that were there when the checkpoint was saved: the "
+                "dataset has changed, or has no fixed order. The run goes on with the images that are there now.",
+                start["first_row"],
+            )
+        self._wait_for(state["offset"] + 1)
+        for _ in range(state["offset"]):
+            self._waiting.popleft()
 
-    def set_epoch(self, epoch: int):
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
+    def _go_to(self, start: dict) -> int:
+        """Puts the block that begins at `start` next, and returns the hash of its rows."""
+        self._waiting.clear()
+        self._blocks = self._read_blocks(start)
+        with _without_warning_of_shuffle_buffers():
+            self._wait_for(1)
+        return self._waiting[0].block.start["rows_hash"]
+
+    def _readable(self, place: int) -> dict:
+        for tried in count():
+            self._wait_for(place + tried + 1)
+            row = self._waiting[place + tried]
+            whole_pass_tried = row.block.start["epoch"] > self._waiting[place].block.start["epoch"] + 1
+            if whole_pass_tried or tried == MAX_UNREADABLE_IN_A_ROW:
+                raise self.images._reader.nothing_readable(tried)
+            if not row.unreadable:
+                index, content = row.block.rows[row.offset]
+                readable = self.images._reader.read(content, index)
+                if readable is not None:
+                    return readable
+                row.unreadable = True
+
+    def _wait_for(self, number: int):
+        if self._blocks is None:
+            self._blocks = self._read_blocks()
+        while len(self._waiting) < number:
+            block = next(self._blocks)
+            self._waiting.extend(_WaitingRow(block, offset) for offset in range(len(block.rows)))
+
+    def _read_blocks(self, start: dict | None = None) -> Iterator[_Block]:
+        """All blocks of all passes, from the block at `start` on."""
+        epoch, number, first_row = (start["epoch"], start["block"], start["first_row"]) if start else (0, 0, 0)
+        rows = self._read_pass(epoch, start)
+        while True:
+            if start:  # not the dataset's own, which is that of the last row it gave
+                state, start = start["dataset"], None
+            else:
+                state = self.dataset.state_dict() if first_row else None
+            content = _next_rows(rows)
+            if content:
+                place = {"epoch": epoch, "block": number, "first_row": first_row, "dataset": state}
+                place["rows_hash"] = _rows_hash(content)
+                yield _Block(place, self._permuted(content, epoch, number, first_row))
+                number, first_row = number + 1, first_row + len(content)
+                continue
+            if first_row == 0:
+                raise self.images._reader.nothing_readable(0)
+            level = logging.INFO if self._said_that_it_ends else logging.WARNING
+            logger.log(level, "The stream ended after %d images and is read again, in pass %d.", first_row, epoch + 2)
+            self._said_that_it_ends = True
+            epoch, number, first_row = epoch + 1, 0, 0
+            rows = self._read_pass(epoch)
+
+    def _read_pass(self, epoch: int, start: dict | None = None) -> Iterator[dict]:
+        self.dataset.set_epoch(epoch)
+        state = start["dataset"] if start else None
+        self.dataset.load_state_dict(state)
+        # Its own iterator reads another order in a DataLoader worker, with other random numbers even if it is the only
+        # one. `iter` does not ask where it is.
+        rows = ({name: value[0] for name, value in row.items()} for row in self.dataset.iter(batch_size=1))
+        if start and state is None:
+            next(islice(rows, start["first_row"], start["first_row"]), None)
+        return rows
+
+    def _permuted(self, content: list[dict], epoch: int, number: int, first_row: int) -> list[tuple[int, dict]]:
+        _check_columns(content[0])
+        order = range(len(content))
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, epoch, number]).permutation(len(content)).tolist()
+        return [(first_row + i, content[i]) for i in order]
+
+
+@contextmanager
+def _without_warning_of_shuffle_buffers():
+    # `datasets` warns of a buffer that is lost. Ours holds one row; that of a stream shuffled by its user is noticed by
+    # the rows' hash.
+    def other(record: logging.LogRecord) -> bool:
+        return "without the buffer content" not in record.getMessage()
+
+    library = logging.getLogger("datasets.iterable_dataset")
+    library.addFilter(other)
+    try:
+        yield
+    finally:
+        library.removeFilter(other)
+
+
+def _next_rows(rows: Iterator[dict]) -> list[dict]:
+    block, size = [], 0
+    for row in rows:
+        block.append(row)
+        size += _size_in_memory(row)
+        if len(block) >= STREAM_BLOCK or size >= STREAM_BLOCK_BYTES:
+            break
+    return block
+
+
+def _size_in_memory(row: dict) -> int:
+    image = row.get("image")
+    content = image.get("bytes") if isinstance(image, dict) else image
+    if isinstance(content, PIL.Image.Image):
+        return 4 * content.width * content.height
+    return len(content) if isinstance(content, bytes) else 0
+
+
+def _rows_hash(rows: list[dict]) -> int:
+    """Tells whether rows are the same, by their names and sizes and not by every byte."""
+    value = 0
+    for row in rows:
+        image = row.get("image")
+        path = image.get("path") if isinstance(image, dict) else image if isinstance(image, (str, Path)) else None
+        value = zlib.crc32(repr((row.get("image_id"), path, _size_in_memory(row))).encode(), value)
+    return value
 
 
 def _check_is_one_dataset(dataset):
@@ -697,7 +1045,9 @@ def _without_decoding(dataset):
     return dataset
 
 
-def readable_images(dataset, max_pixels: int | None = None) -> ReadableImages | ReadableImageStream:
+def readable_images(
+    dataset, max_pixels: int | None = None, image_root: str | None = None
+) -> ReadableImages | ReadableImageStream:
     """The reader for a dataset: [`ReadableImageStream`] for a stream, [`ReadableImages`] for one with a length."""
     reader = ReadableImageStream if isinstance(dataset, IterableDataset) else ReadableImages
-    return reader(dataset, max_pixels=max_pixels)
+    return reader(dataset, max_pixels=max_pixels, image_root=image_root)

@@ -14,13 +14,20 @@
 
 """Which role an optimizer step trains, and the images it reads."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
+from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset, Sampler
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from .data import EndlessImages
+
+
+logger = logging.getLogger(__name__)
 
 SOLVER = "solver"
 PROPOSER = "proposer"
@@ -117,13 +124,35 @@ class RolloutSampler(Sampler[list[int]]):
         self.shuffle = shuffle
         self.rank = rank
         self.world_size = world_size
-        rollouts_per_epoch = max(1, round(num_rows / (images_per_process * world_size)))
+        check_same_on_all_processes("numbers of images", num_rows)
+        images_per_rollout = images_per_process * world_size
+        if num_rows < images_per_rollout:
+            logger.warning(
+                "The dataset has %d images and a rollout takes %d: every rollout repeats images.",
+                num_rows,
+                images_per_rollout,
+            )
+        rollouts_per_epoch = max(1, round(num_rows / images_per_rollout))
         self.steps_per_epoch = schedule.steps_for_rollouts(rollouts_per_epoch)
         self.epoch = 0
-        self._permutations: dict[int, list[int]] = {}
+        self._permutations: dict[int, torch.Tensor] = {}
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    def state_dict(self, step: int) -> dict:
+        """What the order depends on beside the settings. The place in it is known from the step."""
+        return {"rows": self.num_rows}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Warns if the order is no longer that of the checkpoint."""
+        if state != self.state_dict(0):
+            logger.warning(
+                "The checkpoint was saved when the dataset was %s, and now it has %d images: the run goes on with another "
+                "order of images.",
+                f"one of {state['rows']} images" if "rows" in state else "a stream",
+                self.num_rows,
+            )
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.micro_batches
@@ -134,8 +163,8 @@ class RolloutSampler(Sampler[list[int]]):
             return offset
         if epoch not in self._permutations:
             generator = torch.Generator().manual_seed(self.seed + epoch)
-            self._permutations = {epoch: torch.randperm(self.num_rows, generator=generator).tolist()}
-        return self._permutations[epoch][offset]
+            self._permutations = {epoch: torch.randperm(self.num_rows, generator=generator)}
+        return self._permutations[epoch][offset].item()
 
     def __iter__(self) -> Iterator[list[int]]:
         first_step = self.epoch * self.steps_per_epoch
@@ -153,43 +182,128 @@ class RolloutSampler(Sampler[list[int]]):
 class RolloutStream(IterableDataset):
     """
     The same as [`RolloutSampler`] over a stream: it yields, per micro-batch, the rows of this process's part of the
-    rollout or an empty list. The stream is read again from its start when it ends; it goes on as long as it is read.
+    rollout or an empty list, and is read as long as someone asks. Rollout k reads the k-th M images of
+    [`~data.EndlessImages`], of which every process decodes its own alone.
+
+    The reading can be left to a worker process. `state_dict` is the place behind the rows that were yielded, and not
+    behind those that the worker has read ahead.
 
     Args:
-        stream (`Iterable[dict]`):
-            Rows, with `set_epoch` called before each pass.
+        images ([`~data.EndlessImages`]):
+            Images in an endless order.
         schedule ([`RoleSchedule`]), images_per_process (`int`), micro_batches (`int`), rank (`int`), world_size (`int`):
             As in [`RolloutSampler`].
+        collate_fn (`Callable`, *optional*, defaults to `list`):
+            What is done with the rows of a micro-batch, in the worker if there is one.
+        num_workers (`int`, *optional*, defaults to `0`):
+            1 to read in a worker process. More would change the order.
     """
 
     def __init__(
         self,
-        stream,
+        images: EndlessImages,
         schedule: RoleSchedule,
         images_per_process: int,
         micro_batches: int,
         rank: int = 0,
         world_size: int = 1,
+        collate_fn: Callable[[list[dict]], Any] = list,
+        num_workers: int = 0,
     ):
-        self.stream = stream
+        self.images = images
         self.schedule = schedule
         self.images_per_process = images_per_process
         self.micro_batches = micro_batches
         self.rank = rank
         self.world_size = world_size
+        self.collate_fn = collate_fn
+        self.num_workers = num_workers
+        self._start: dict | None = None
+        self._place: dict | None = None
 
-    def _endless(self) -> Iterator[dict]:
-        for epoch in count():
-            self.stream.set_epoch(epoch)
-            yield from self.stream
+    def state_dict(self, step: int) -> dict:
+        """
+        The place of the first image of optimizer step `step`, which is the one after the last that was yielded.
 
-    def __iter__(self) -> Iterator[list[dict]]:
-        images = self._endless()
-        first = self.rank * self.images_per_process
-        for step in count():
+        Raises:
+            `RuntimeError`: if another step was yielded last.
+        """
+        if self._place is None or self._place["step"] != step:
+            raise RuntimeError(
+                f"The stream is at {self._place}, not at step {step}: something read it ahead of training."
+            )
+        return self._place
+
+    def load_state_dict(self, state: dict) -> None:
+        """
+        Goes on from what `state_dict` gave. The micro-batches before it are still yielded, for transformers to skip, but
+        are empty.
+        """
+        if "step" in state:
+            self._start = state
+        else:
+            logger.warning(
+                "The checkpoint was saved when the dataset was no stream: the run goes on with another order of images."
+            )
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range((self._start["step"] if self._start else 0) * self.micro_batches):
+            yield self.collate_fn([])
+        # One item per step, so that a worker reads whole rollouts ahead
+        steps = DataLoader(
+            _StreamedSteps(self, self._start),
+            batch_size=None,
+            num_workers=self.num_workers,
+            collate_fn=as_it_is,
+            generator=torch.Generator(),  # instead of the global one, from which it would draw
+        )
+        for micro_batch, place in steps:
+            # At every step, since a stream may end earlier on one process
+            here = {name: place["images"][name] for name in ("epoch", "first_row", "rows_hash")}
+            check_same_on_all_processes("places in the stream", here)
+            self._place = place
+            yield micro_batch
+            for _ in range(self.micro_batches - 1):
+                yield self.collate_fn([])
+
+
+class _StreamedSteps(IterableDataset):
+    """For each optimizer step its first micro-batch, collated, and the place after it."""
+
+    def __init__(self, stream: RolloutStream, start: dict | None):
+        self.stream = stream
+        self.start = start
+
+    def __iter__(self) -> Iterator[tuple[Any, dict]]:
+        stream, images = self.stream, self.stream.images
+        if self.start is None:
+            images.restart()
+        else:
+            images.load_state_dict(self.start["images"])
+        first = stream.rank * stream.images_per_process
+        part = slice(first, first + stream.images_per_process)
+        for step in count(self.start["step"] if self.start else 0):
             rows = []
-            if self.schedule.role(step) == SOLVER:
-                rollout = list(islice(images, self.images_per_process * self.world_size))
-                rows = rollout[first : first + self.images_per_process]
-            yield rows
-            yield from ([] for _ in range(self.micro_batches - 1))
+            if stream.schedule.role(step) == SOLVER:
+                rows = images.take(stream.images_per_process * stream.world_size, part)
+            yield stream.collate_fn(rows), {"step": step + 1, "images": images.state_dict()}
+
+
+def check_same_on_all_processes(what: str, value: Any) -> None:
+    """
+    Fails if processes do not see the same data: each takes its own part of what all of them must see alike.
+
+    Raises:
+        `ValueError`: on all processes, if `value` differs on any.
+    """
+    values = gather_object([value])
+    if any(other != value for other in values):
+        raise ValueError(
+            f"The processes do not see the same data: the {what} are {values}, by process. Pass the whole dataset, the same "
+            "on every process and host; if it is a folder, check that all hosts see the same files."
+        )
+
+
+def as_it_is(item: Any) -> Any:
+    """A `collate_fn` for what is collated already."""
+    return item

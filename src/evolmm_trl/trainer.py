@@ -43,7 +43,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .answers import canonical_answer
 from .config import DEFAULT_STREAM_ROLLOUTS, EvoLMMConfig
-from .data import ReadableImageStream, readable_images
+from .data import EndlessImages, ReadableImageStream, readable_images
 from .engines import engine_optimizer, load_fsdp2_optimizer, whole_weights
 from .evaluation import Scores, score_answers
 from .kl import AdaptiveKL
@@ -83,7 +83,7 @@ from .rollout.samples import (
     encode_prompts,
     split_evenly,
 )
-from .schedule import PROPOSER, ROLES, SOLVER, RoleSchedule, RolloutSampler, RolloutStream
+from .schedule import PROPOSER, ROLES, SOLVER, RoleSchedule, RolloutSampler, RolloutStream, as_it_is
 from .shared_prefix import (
     base_model,
     install_shared_attention,
@@ -220,6 +220,8 @@ class EvoLMMTrainer(GRPOTrainer):
             )
         processing_class.tokenizer.padding_side = "left"
 
+        # TRL sets it to 0 for a stream, whose rows it repeats. Here a worker reads whole rollouts, see `RolloutStream`
+        workers, args.dataloader_num_workers = args.dataloader_num_workers, 0
         super().__init__(
             model=model,
             # TRL asks for at least one; without any, agreement is the only reward
@@ -233,13 +235,14 @@ class EvoLMMTrainer(GRPOTrainer):
             quantization_config=quantization_config,
             peft_config=lora_configs[SOLVER] if lora_configs else None,
         )
+        args.dataloader_num_workers = workers
 
         if not reward_funcs:
             self.reward_funcs, self.reward_func_names, self.reward_processing_classes = [], [], []
         self._set_up_roles(lora_configs, tower_name)
         self._set_up_sharing(tower_name)
         # Read once here, so that a missing column or an empty dataset is said now and not after the model is sharded
-        self._images = readable_images(self._shuffled(train_dataset), max_pixels=args.max_pixels)
+        self._images = readable_images(train_dataset, max_pixels=args.max_pixels, image_root=args.image_root)
 
         self.prompts = args.role_prompts
         self.schedule = RoleSchedule(args.proposer_update_every, args.train_proposer)
@@ -378,11 +381,6 @@ class EvoLMMTrainer(GRPOTrainer):
                     "the optimizer, and change no `requires_grad` in between."
                 )
 
-    def _shuffled(self, dataset):
-        if isinstance(dataset, IterableDataset) and self.args.shuffle_dataset:
-            return dataset.shuffle(seed=self.args.seed)
-        return dataset
-
     def get_train_dataloader(self) -> DataLoader:
         """
         Yields, per micro-batch, a list of image rows: this process's images of a rollout at the first micro-batch of a
@@ -400,16 +398,15 @@ class EvoLMMTrainer(GRPOTrainer):
         collator = ProposerCollator(
             self.processing_class, self.prompts.proposer_messages(), **self.chat_template_kwargs
         )
-        options = {"collate_fn": collator, "pin_memory": False}
+        order = {"seed": self.args.seed, "shuffle": bool(self.args.shuffle_dataset)}
         if isinstance(self._images, ReadableImageStream):
             if workers > 1:
                 logger.warning("A stream is read by one worker, not %d, to keep its order.", workers)
-            stream = RolloutStream(self._images, **position)
-            return _RolloutLoader(stream, batch_size=None, num_workers=min(workers, 1), **options)
-        sampler = RolloutSampler(
-            len(self._images), seed=self.args.seed, shuffle=bool(self.args.shuffle_dataset), **position
-        )
-        return _RolloutLoader(self._images, batch_sampler=sampler, num_workers=workers, **options)
+            images = EndlessImages(self._images, **order)
+            self._image_order = RolloutStream(images, collate_fn=collator, num_workers=min(workers, 1), **position)
+            return _RolloutLoader(self._image_order, batch_size=None, collate_fn=as_it_is)
+        self._image_order = RolloutSampler(len(self._images), **order, **position)
+        return _RolloutLoader(self._images, batch_sampler=self._image_order, num_workers=workers, collate_fn=collator)
 
     # ------------------------------------------------------------------------------------------------------------
     # One optimizer step: propose, solve, vote, reward, role batch, loss
@@ -943,7 +940,7 @@ class EvoLMMTrainer(GRPOTrainer):
             raise ValueError(
                 f"`eval_dataset` has the columns {sorted(columns)}; expected 'image', 'question' and 'answer'."
             )
-        readable = readable_images(eval_dataset, max_pixels=self.args.max_pixels)
+        readable = readable_images(eval_dataset, max_pixels=self.args.max_pixels, image_root=self.args.image_root)
         return DataLoader(
             _Share(readable, self.accelerator.process_index, self.accelerator.num_processes),
             batch_size=self.args.eval_batch_size,
@@ -1023,6 +1020,7 @@ class EvoLMMTrainer(GRPOTrainer):
                 "baselines": {role: self.baselines[role].state_dict() for role in ROLES},
                 "rollout_log_bytes": len(self.rollout_log),
                 "processes": self.accelerator.num_processes,
+                "images": self._image_order.state_dict(self.state.global_step),
             }
             (folder / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n")
         super()._save_checkpoint(model, trial)
@@ -1068,6 +1066,7 @@ class EvoLMMTrainer(GRPOTrainer):
         for role in ROLES:
             self.kl[role].load_state_dict(state["kl"][role])
             self.baselines[role].load_state_dict(state["baselines"][role])
+        self._image_order.load_state_dict(state["images"])
         self._pending_questions = load_samples(
             Path(checkpoint) / f"pending_questions_{self.accelerator.process_index}.safetensors"
         )
