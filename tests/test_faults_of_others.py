@@ -27,6 +27,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from evolmm_trl import EvoLMMTrainer, canonical_answer
 from evolmm_trl.rollout.samples import EncodedPrompt
+from evolmm_trl.shared_prefix import PackedGroups
 
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
@@ -85,10 +86,10 @@ def test_an_update_that_does_not_see_the_image_is_refused(bases, blind_role, sha
         def _collate(self, *args, **kwargs):
             batch = super()._collate(*args, **kwargs)
             if self.role == blind_role:
-                for name in ("pixel_values", "image_grid_thw"):
-                    batch.pop(name, None)
-                if "packed" in batch:
-                    batch["packed"].images.clear()
+                inputs = batch["model_inputs"]
+                images = inputs.images if isinstance(inputs, PackedGroups) else inputs
+                for name in ("pixel_values", "image_grid_thw", "mm_encoder_outputs"):
+                    images.pop(name, None)
             return batch
 
     trainer = BlindTrainer(
@@ -126,7 +127,9 @@ class SampleKeeper(TalkingTrainer):
 def log_probs(model, sample):
     """Of a sample's completion tokens, by a plain forward without padding."""
     ids = torch.cat([sample.prompt.input_ids, sample.completion_ids])[None]
-    types = torch.nn.functional.pad(sample.prompt.mm_token_type_ids, (0, len(sample.completion_ids)))[None]
+    types = torch.nn.functional.pad(sample.prompt.token_inputs["mm_token_type_ids"], (0, len(sample.completion_ids)))[
+        None
+    ]
     with torch.no_grad():
         logits = model(input_ids=ids, mm_token_type_ids=types, **sample.prompt.image_inputs).logits[0]
     logits = logits[len(sample.prompt.input_ids) - 1 : -1]

@@ -56,7 +56,14 @@ class Recording:
     def _sample(self, prompt, ids, text):
         extra = length_reward(completion_ids=[ids])[0] if self.reward_funcs else 0.0
         images = {name: tensor.clone() for name, tensor in prompt.image_inputs.items()}
-        return Sample(prompt.input_ids.tolist(), prompt.mm_token_type_ids.tolist(), images, list(ids), text, extra)
+        return Sample(
+            prompt.input_ids.tolist(),
+            prompt.token_inputs["mm_token_type_ids"].tolist(),
+            images,
+            list(ids),
+            text,
+            extra,
+        )
 
 
 class RecordingTalker(Recording, TalkingTrainer):

@@ -148,7 +148,7 @@ def test_says_once_that_it_reads_images_only(checkpoint, caplog):
         load_processor(path)
         load_processor(path)
     assert [record.message for record in caplog.records].count(
-        "torchvision is not installed: the image-only form of the Qwen processors is used."
+        "torchvision is not installed: the image-only form of the Qwen and InternVL processors is used."
     ) == 1
 
 

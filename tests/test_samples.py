@@ -83,12 +83,11 @@ def log_probs(model, samples):
     """The model's log-probs of each sample's completion tokens in one padded batch, as TRL's loss forwards them."""
     batch = collate_samples(samples, PAD)
     width = batch["completion_ids"].size(1)
-    inputs = {name: batch[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
     with torch.no_grad():
         logits = model(
             input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
             attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-            **inputs,
+            **batch["model_inputs"],
         ).logits[:, -width - 1 : -1]
     per_token = logits.log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
     return [row[mask.bool()] for row, mask in zip(per_token, batch["completion_mask"], strict=True)]
@@ -101,8 +100,8 @@ def assert_close(actual, expected):
 
 def assert_equal_prompts(one, other):
     assert one.input_ids.equal(other.input_ids)
-    assert one.mm_token_type_ids.equal(other.mm_token_type_ids)
-    for tensors, others in ((one.image_inputs, other.image_inputs), (one.features or {}, other.features or {})):
+    for part in ("token_inputs", "image_inputs", "features"):
+        tensors, others = getattr(one, part) or {}, getattr(other, part) or {}
         assert tensors.keys() == others.keys()
         for name in tensors:
             assert tensors[name].dtype == others[name].dtype
@@ -127,7 +126,7 @@ def test_a_prompt_holds_its_conversation_and_a_placeholder_per_image_token(proce
         merge = processor.image_processor.merge_size
         assert placeholders.sum() == prompt.image_inputs["image_grid_thw"].prod() // merge**2 > 0
         assert prompt.image_inputs["image_grid_thw"].prod() == len(prompt.image_inputs["pixel_values"])
-        assert prompt.mm_token_type_ids.equal(placeholders.to(prompt.mm_token_type_ids.dtype))
+        assert prompt.token_inputs["mm_token_type_ids"].tolist() == placeholders.int().tolist()
 
 
 def test_a_prompt_does_not_keep_the_other_rows_pixels_alive(processor):
@@ -136,31 +135,37 @@ def test_a_prompt_does_not_keep_the_other_rows_pixels_alive(processor):
         assert pixels.untyped_storage().nbytes() == pixels.numel() * pixels.element_size()
 
 
-@pytest.mark.parametrize("extra", [torch.zeros(9), [1, 2, 3, 4]], ids=["not one row per image", "no tensor"])
-def test_a_processor_with_an_unknown_layout_is_refused(processor, extra):
+def test_a_processor_with_an_unknown_layout_is_refused(processor):
     class Unknown(type(processor)):
         def __call__(self, *args, **kwargs):
-            return BatchFeature({**super().__call__(*args, **kwargs), "tiles": extra})
+            return BatchFeature({**super().__call__(*args, **kwargs), "tiles": torch.zeros(1, 9)})
 
     unknown = Unknown(processor.image_processor, processor.tokenizer, chat_template=processor.chat_template)
-    with pytest.raises(ValueError, match="Unknown returns 'tiles'.*4 images.*Qwen2.5-VL, Qwen3-VL"):
+    with pytest.raises(
+        ValueError, match=r"Unknown returns \['tiles'\].*how to batch. Supported are Qwen2.5-VL, Qwen3-VL"
+    ):
         encode(unknown)
 
 
-def test_a_processor_with_one_row_per_image_is_taken_apart_by_rows(processor):
-    class OneRowPerImage(type(processor)):
-        def __call__(self, *args, **kwargs):
-            encoded = dict(super().__call__(*args, **kwargs))
-            del encoded["image_grid_thw"], encoded["mm_token_type_ids"]
-            return BatchFeature({**encoded, "pixel_values": torch.arange(12.0).view(4, 3)})  # as of 4 images
+class OneRowPerImage:
+    """A processor of images alone, such as LLaVA's."""
 
-    other = OneRowPerImage(processor.image_processor, processor.tokenizer, chat_template=processor.chat_template)
-    encoded = encode(other)
-    assert [prompt.image_inputs["pixel_values"].tolist() for prompt in encoded] == torch.arange(12.0).view(
-        4, 1, 3
-    ).tolist()
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __getattr__(self, name):
+        return getattr(self.processor, name)
+
+    def __call__(self, images, **kwargs):
+        encoded = self.processor(images=images, **kwargs)
+        pixels = torch.tensor([[float(image.width), image.height, 1.0] for (image,) in images])
+        return BatchFeature({k: encoded[k] for k in ("input_ids", "attention_mask")} | {"pixel_values": pixels})
+
+
+def test_a_processor_with_one_row_per_image_is_batched_by_rows(processor):
+    encoded = encode(OneRowPerImage(processor))
     batch = collate_prompts(encoded, PAD)
-    assert batch["pixel_values"].equal(torch.arange(12.0).view(4, 3))
+    assert batch["pixel_values"].tolist() == [[*size, 1.0] for size in SIZES]
     assert batch.keys() == {"input_ids", "attention_mask", "pixel_values"}
 
 
@@ -181,13 +186,7 @@ def test_another_conversation_about_an_image_is_encoded_as_the_processor_would(p
 
 
 def test_a_processor_of_another_layout_is_asked_again(processor):
-    class OneRowPerImage(type(processor)):
-        def __call__(self, *args, **kwargs):
-            encoded = dict(super().__call__(*args, **kwargs))
-            del encoded["image_grid_thw"], encoded["mm_token_type_ids"]
-            return BatchFeature({**encoded, "pixel_values": torch.arange(12.0).view(4, 3)})
-
-    other = OneRowPerImage(processor.image_processor, processor.tokenizer, chat_template=processor.chat_template)
+    other = OneRowPerImage(processor)
     conversations = [RolePrompts().solver_messages(question) for question in QUESTIONS]
     again = encode_about(other, conversations, encode(other), images())
     for prompt, expected in zip(again, encode_prompts(other, conversations, images()), strict=True):
@@ -225,7 +224,10 @@ def test_prompts_are_padded_on_the_left(processor):
         padding = width - prompt.input_ids.numel()
         assert batch["input_ids"][row].tolist() == [PAD] * padding + prompt.input_ids.tolist()
         assert batch["attention_mask"][row].tolist() == [0] * padding + [1] * prompt.input_ids.numel()
-        assert batch["mm_token_type_ids"][row].tolist() == [0] * padding + prompt.mm_token_type_ids.tolist()
+        assert (
+            batch["mm_token_type_ids"][row].tolist()
+            == [0] * padding + prompt.token_inputs["mm_token_type_ids"].tolist()
+        )
 
 
 def test_a_collated_batch_is_what_the_processor_makes_of_all_rows(processor):
@@ -249,12 +251,13 @@ def test_samples_are_padded_outwards_with_their_advantages(samples):
         assert batch["completion_ids"][row].tolist() == [*completion] + [PAD] * (5 - len(completion))
         assert batch["completion_mask"][row].tolist() == [1] * len(completion) + [0] * (5 - len(completion))
     assert batch["advantages"].tolist() == pytest.approx([-0.15, -0.05, 0.05, 0.15])
-    assert batch["num_images"] == [1, 1, 1, 1]
-    assert batch["mm_token_type_ids"].equal(
+    inputs = batch["model_inputs"]
+    assert inputs.keys() == {"mm_token_type_ids", "pixel_values", "image_grid_thw"}
+    assert inputs["mm_token_type_ids"].equal(
         torch.cat([prompts["mm_token_type_ids"], torch.zeros(4, 5, dtype=torch.long)], dim=1)
     )
-    assert batch["pixel_values"].equal(prompts["pixel_values"])
-    assert batch["image_grid_thw"].equal(prompts["image_grid_thw"])
+    assert inputs["pixel_values"].equal(prompts["pixel_values"])
+    assert inputs["image_grid_thw"].equal(prompts["image_grid_thw"])
 
 
 # What the model makes of it
@@ -325,11 +328,11 @@ def test_a_model_gives_loaded_samples_the_same_log_probs(model, samples, tmp_pat
 
 def test_samples_without_token_types_or_with_shared_and_transposed_tensors_come_back_too(samples, tmp_path):
     shared = torch.arange(6.0).view(2, 3).T
-    prompt = type(samples[0].prompt)(samples[0].prompt.input_ids[2:5], None, {"one": shared, "two": shared})
+    prompt = type(samples[0].prompt)(samples[0].prompt.input_ids[2:5], {}, {"one": shared, "two": shared})
     save_samples([Sample(prompt, torch.tensor([7]), 1 / 3)], tmp_path / "samples.safetensors")
     (loaded,) = load_samples(tmp_path / "samples.safetensors")
     assert loaded.prompt.input_ids.equal(prompt.input_ids)
-    assert loaded.prompt.mm_token_type_ids is None
+    assert loaded.prompt.token_inputs == {}
     assert loaded.prompt.image_inputs.keys() == {"one", "two"}
     assert loaded.prompt.image_inputs["two"].equal(shared)
 

@@ -79,9 +79,8 @@ class Setting:
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         labels = ids.masked_fill(mask == 0, -100)
         labels[:, :-width] = -100
-        names = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
-        images = {name: batch[name] for name in names}
-        outputs = self.model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, **images)
+        inputs = batch["model_inputs"]
+        outputs = self.model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, **inputs)
         return outputs.log_probs[:, -width:], outputs.entropy[:, -width:]
 
     def gradients(self, role, logps, entropies):
@@ -188,7 +187,8 @@ def test_any_attention_the_model_was_loaded_with_gives_way_to_packed_groups_and_
     prompts = setting.prompts([(56, 56), (28, 84)])
     samples = [Sample(prompts[i // 2], torch.arange(20 + i, 24 + i), 0.0) for i in range(4)]
     untouched = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
-    batch = {"input_ids": prompts[0].input_ids[None], "mm_token_type_ids": prompts[0].mm_token_type_ids[None]}
+    types = prompts[0].token_inputs["mm_token_type_ids"]
+    batch = {"input_ids": prompts[0].input_ids[None], "mm_token_type_ids": types[None]}
     with torch.no_grad(), setting.model.disable_adapter():
         seen = setting.model(**batch, **prompts[0].image_inputs).logits
         assert torch.equal(seen, untouched(**batch, **prompts[0].image_inputs).logits)

@@ -14,16 +14,25 @@
 
 """Load the processor of a supported vision-language model, with or without torchvision.
 
-The stock Qwen processors cannot be built without torchvision, because of the video processor they hold. Images need
-none of it: where torchvision is missing, `load_processor` builds the same processor without its video half.
+The stock Qwen and InternVL processors cannot be built without torchvision, because of the video processor they hold.
+Images need none of it: where torchvision is missing, `load_processor` builds the same processor without its video half.
 """
 
 import json
 import logging
 from functools import lru_cache
 
-from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2_5_VLProcessor, Qwen3VLConfig, Qwen3VLProcessor
-from transformers.processing_utils import ProcessorMixin
+from transformers import (
+    AutoProcessor,
+    InternVLConfig,
+    InternVLProcessor,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLProcessor,
+    Qwen3VLConfig,
+    Qwen3VLProcessor,
+)
 from transformers.utils import cached_file, is_torchvision_available
 
 
@@ -34,19 +43,15 @@ _HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "revision", "l
 
 
 class _ImageOnlyMixin:
-    """A Qwen processor without its video processor; everything about text and images is inherited."""
+    """A processor without its video processor; everything about text and images is inherited."""
 
     _video_processor_type: str
+    _shared_with_video: tuple[str, ...]  # settings of the image processor that are the video processor's too
 
-    # The argument names are what `ProcessorMixin.get_attributes` reads: no `video_processor` among them.
+    # The argument names are what `ProcessorMixin.get_attributes` reads: no `video_processor` among them, so that it takes
+    # no notice of the one that the stock class hands it
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        for name in ("image", "video", "vision_start", "vision_end"):
-            default = f"<|{name}_pad|>" if name in ("image", "video") else f"<|{name}|>"
-            token = getattr(tokenizer, f"{name}_token", default)
-            token_id = getattr(tokenizer, f"{name}_token_id", None) or tokenizer.convert_tokens_to_ids(token)
-            setattr(self, f"{name}_token", token)
-            setattr(self, f"{name}_token_id", token_id)
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     def __call__(self, images=None, text=None, videos=None, **kwargs):
         if videos is not None:  # the parent would drop them without a word
@@ -58,14 +63,23 @@ class _ImageOnlyMixin:
 
     def to_dict(self):
         # The stock class looks for a video processor when it loads these files on a machine that has torchvision.
-        names = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
-        video_processor = {name: getattr(self.image_processor, name) for name in names}
-        return super().to_dict() | {
-            "video_processor": {"video_processor_type": self._video_processor_type, **video_processor}
-        }
+        saved = super().to_dict()
+        shared = {name: saved["image_processor"][name] for name in self._shared_with_video}
+        return saved | {"video_processor": {"video_processor_type": self._video_processor_type, **shared}}
 
 
-def _image_only(stock: type, video_processor_type: str) -> type:
+class _QwenMixin(_ImageOnlyMixin):
+    _shared_with_video = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+
+
+class _InternVLMixin(_ImageOnlyMixin):
+    _shared_with_video = ("size", "image_mean", "image_std")
+
+    def __init__(self, image_processor=None, tokenizer=None, image_seq_length=256, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, chat_template, image_seq_length=image_seq_length, **kwargs)
+
+
+def _image_only(mixin: type, stock: type, video_processor_type: str) -> type:
     # It bears the stock name, since that name is what `save_pretrained` writes as `processor_class`; it is pickled, for
     # workers of a data loader, by the other
     members = {
@@ -74,7 +88,7 @@ def _image_only(stock: type, video_processor_type: str) -> type:
         "__qualname__": f"{_PICKLED}{stock.__name__}",
         "__doc__": stock.__doc__,
     }
-    return type(stock.__name__, (_ImageOnlyMixin, stock), members)
+    return type(stock.__name__, (mixin, stock), members)
 
 
 def __getattr__(name: str) -> type:
@@ -86,12 +100,15 @@ def __getattr__(name: str) -> type:
 @lru_cache(maxsize=1)
 def _image_only_processors() -> dict[str, type]:
     """The image-only processor classes by the name of their stock class, registered for `AutoProcessor`."""
-    logger.info("torchvision is not installed: the image-only form of the Qwen processors is used.")
-    qwen2_5_vl = _image_only(Qwen2_5_VLProcessor, "Qwen2VLVideoProcessor")
-    qwen3_vl = _image_only(Qwen3VLProcessor, "Qwen3VLVideoProcessor")
-    AutoProcessor.register(Qwen2_5_VLConfig, qwen2_5_vl, exist_ok=True)
-    AutoProcessor.register(Qwen3VLConfig, qwen3_vl, exist_ok=True)
-    return {cls.__name__: cls for cls in (qwen2_5_vl, qwen3_vl)}
+    logger.info("torchvision is not installed: the image-only form of the Qwen and InternVL processors is used.")
+    classes = {
+        Qwen2_5_VLConfig: _image_only(_QwenMixin, Qwen2_5_VLProcessor, "Qwen2VLVideoProcessor"),
+        Qwen3VLConfig: _image_only(_QwenMixin, Qwen3VLProcessor, "Qwen3VLVideoProcessor"),
+        InternVLConfig: _image_only(_InternVLMixin, InternVLProcessor, "InternVLVideoProcessor"),
+    }
+    for config, image_only in classes.items():
+        AutoProcessor.register(config, image_only, exist_ok=True)
+    return {image_only.__name__: image_only for image_only in classes.values()}
 
 
 def processor_class(stock: type) -> type:
@@ -100,7 +117,7 @@ def processor_class(stock: type) -> type:
 
     Args:
         stock (`type`):
-            `Qwen2_5_VLProcessor` or `Qwen3VLProcessor`.
+            `Qwen2_5_VLProcessor`, `Qwen3VLProcessor` or `InternVLProcessor`.
     """
     return stock if is_torchvision_available() else _image_only_processors()[stock.__name__]
 
@@ -119,8 +136,8 @@ def _saved_processor_class(name_or_path: str, **kwargs) -> str | None:
 
 def load_processor(name_or_path: str, **kwargs) -> ProcessorMixin:
     """
-    The processor of a checkpoint: `AutoProcessor.from_pretrained`, except that a Qwen2.5-VL or Qwen3-VL processor is
-    built without its video processor where torchvision is missing. What it saves loads with the stock class elsewhere.
+    The processor of a checkpoint: `AutoProcessor.from_pretrained`, except that a Qwen2.5-VL, Qwen3-VL or InternVL processor
+    is built without its video processor where torchvision is missing. What it saves loads with the stock class elsewhere.
 
     Args:
         name_or_path (`str` or `os.PathLike`):
@@ -137,3 +154,19 @@ def load_processor(name_or_path: str, **kwargs) -> ProcessorMixin:
     image_only = _image_only_processors()
     auto_class = image_only.get(_saved_processor_class(name_or_path, **kwargs), AutoProcessor)
     return auto_class.from_pretrained(name_or_path, **kwargs)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """
+    The texts that a tokenizer reads as special tokens: those that it has a name for (end of text, image), and those that
+    only its vocabulary marks as special, such as Gemma's and Llama's ends of turns.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+
+    Returns:
+        `list[str]`
+    """
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))

@@ -16,14 +16,14 @@
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -35,6 +35,8 @@ from .schedule import PROPOSER, ROLES, SOLVER
 
 # Plain PEFT loads a checkpoint's root as the adapter "default", and every other adapter from a folder of its name.
 ADAPTER_OF = {SOLVER: "default", PROPOSER: "proposer"}
+# Stands beside the vision tower in InternVL3, Gemma 3 and Llama 3.2 Vision; Qwen's projector is in the tower
+_PROJECTOR = "multi_modal_projector"
 
 
 class RoleAdapters:
@@ -125,8 +127,8 @@ class RoleAdapters:
             if parameter.requires_grad and self.role_of(name) in (role, None)
         }
 
-    def describe(self, tower_is_frozen: bool) -> str:
-        """What each role trains, for people."""
+    def describe(self, vision: Sequence[str], vision_is_frozen: bool) -> str:
+        """What each role trains and what it leaves out of the modules named `vision`, for people."""
         total = sum(parameter.numel() for parameter in self.model.parameters())
         lines = [f"Trainable parameters of {total:,}:"]
         for role in ROLES:
@@ -134,8 +136,16 @@ class RoleAdapters:
             modules = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in parameters if ".lora_" in name})
             where = f"LoRA on {', '.join(modules)}" if modules else "all weights"
             lines.append(f"  {role}: {sum(p.numel() for p in parameters.values()):,} ({where})")
-        shared = "" if self.separate else " Both roles train the same weights."
-        return "\n".join(lines) + f"\n  vision tower: {'frozen' if tower_is_frozen else 'trainable'}.{shared}"
+        lines.append(f"  vision tower: {'frozen' if vision_is_frozen else 'trainable'}.")
+        if not self.separate:
+            lines[-1] += " Both roles train the same weights."
+        if left_out := matched_but_left_out(self.model, vision):
+            names = sorted({name.rpartition(".")[2] for name in left_out})
+            lines[-1] += (
+                f" `target_modules` matches {len(left_out)} modules of {' and '.join(vision)} too, which are left out: "
+                f"{', '.join(names)}. Set freeze_vision_tower=False to train them."
+            )
+        return "\n".join(lines)
 
     def check(self) -> None:
         """Raises a `RuntimeError` if some code has frozen an adapter or chosen another since."""
@@ -199,7 +209,6 @@ def role_optimizer(optimizer_class: type[torch.optim.Optimizer], roles: RoleAdap
 def vision_tower(model: nn.Module) -> tuple[str, nn.Module]:
     """
     Finds the vision tower of a vision-language model: the module built from the `vision_config` of its configuration.
-    In the Qwen families it holds the projector too.
 
     Args:
         model (`torch.nn.Module`):
@@ -222,25 +231,77 @@ def vision_tower(model: nn.Module) -> tuple[str, nn.Module]:
     )
 
 
-def vision_tower_name(
-    model: "str | PreTrainedModel | PeftModel", trust_remote_code: bool, revision: str | None
-) -> str:
-    """The name of the model's vision tower; a model given by id is built without weights to find it."""
-    if not isinstance(model, str):
-        return vision_tower(model.get_base_model() if isinstance(model, PeftModel) else model)[0]
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, revision=revision)
-    if getattr(config, "vision_config", None) is None:
-        raise ValueError(
-            f"{model} is a {config.model_type} model without a vision tower: `EvoLMMTrainer` trains vision-language "
-            "models. Pass one, such as a Qwen2.5-VL or Qwen3-VL checkpoint."
-        )
-    # The second says that DeepSpeed's ZeRO-3 has made its preparations, which it would make with the weights there are not
-    with torch.device("meta"), set_zero3_state():
-        return vision_tower(AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code))[0]
+def vision_modules(
+    model: "str | PreTrainedModel | PeftModel", trust_remote_code: bool = False, revision: str | None = None
+) -> list[str]:
+    """
+    The names of the model's vision tower and, where it stands beside the tower, its projector.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Vision-language model. One given by id or path is built without weights.
+        trust_remote_code (`bool`, *optional*, defaults to `False`), revision (`str`, *optional*):
+            Of a model given by id.
+
+    Returns:
+        `list[str]`
+    """
+    if isinstance(model, str):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, revision=revision)
+        if getattr(config, "vision_config", None) is None:
+            raise ValueError(
+                f"{model} is a {config.model_type} model without a vision tower: `EvoLMMTrainer` trains vision-language "
+                "models. Pass one, such as a Qwen2.5-VL or Qwen3-VL checkpoint."
+            )
+        # The second says that DeepSpeed's ZeRO-3 has made its preparations, which it would make with weights that are not
+        # there
+        with torch.device("meta"), set_zero3_state():
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    elif isinstance(model, PeftModel):
+        model = model.get_base_model()
+    tower, _ = vision_tower(model)
+    parent, _, _ = tower.rpartition(".")
+    beside = [name for name, _ in model.get_submodule(parent).named_children() if name == _PROJECTOR]
+    return [tower, *(f"{parent}.{name}" if parent else name for name in beside)]
+
+
+def _is_in(name: str, modules: Sequence[str]) -> bool:
+    """Whether a module is one of these or inside one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def matched_but_left_out(model: PreTrainedModel | PeftModel, vision: Sequence[str]) -> list[str]:
+    """
+    The modules of the vision tower that `target_modules` matches as it does the language model's, and that
+    `exclude_modules` keeps without LoRA layers.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model, with its adapters.
+        vision (`Sequence[str]`):
+            Names of the vision tower's modules, as by [`vision_modules`].
+
+    Returns:
+        `list[str]`: their names; none without adapters.
+    """
+    if not isinstance(model, PeftModel):
+        return []
+    configs = []
+    for config in model.peft_config.values():
+        config = copy.copy(config)
+        config.exclude_modules = None
+        configs.append(config)
+    return [
+        name
+        for name, module in model.get_base_model().named_modules()
+        if _is_in(name, vision)
+        and not isinstance(module, BaseTunerLayer)
+        and any(check_target_module_exists(config, name) for config in configs)
+    ]
 
 
 def role_lora_configs(
-    peft_config: "LoraConfig | dict[str, LoraConfig]", adapters: str, excluded_tower: str | None
+    peft_config: "LoraConfig | dict[str, LoraConfig]", adapters: str, excluded: Sequence[str]
 ) -> dict[str, LoraConfig]:
     """
     The LoRA configuration of each adapter to make.
@@ -250,9 +311,8 @@ def role_lora_configs(
             One for both roles, or one per role under the keys `"solver"` and `"proposer"`.
         adapters (`str`):
             `"separate"` or `"shared"`.
-        excluded_tower (`str` or `None`):
-            Name of the vision tower to keep free of LoRA layers; a configuration with its own `exclude_modules` is left
-            as it is.
+        excluded (`Sequence[str]`):
+            Names of modules to keep free of LoRA layers; a configuration with its own `exclude_modules` is left as it is.
 
     Returns:
         `dict[str, LoraConfig]`: by role; only `"solver"` when shared.
@@ -278,13 +338,17 @@ def role_lora_configs(
                 "Set bias='none', use_dora=False and lora_bias=False."
             )
         config = copy.deepcopy(config)
-        if excluded_tower is not None and config.exclude_modules is None:
-            config.exclude_modules = rf"(.*\.)?{re.escape(excluded_tower)}(\..*)?"
+        if excluded and config.exclude_modules is None:
+            config.exclude_modules = rf"(.*\.)?({_pattern(excluded)})(\..*)?"
         configs[role] = config
     return configs
 
 
-def check_adapted_modules(model: PeftModel, tower: str, freeze_vision_tower: bool) -> None:
+def _pattern(names: Sequence[str]) -> str:
+    return "|".join(map(re.escape, names))
+
+
+def check_adapted_modules(model: PeftModel, vision: Sequence[str], freeze_vision_tower: bool) -> None:
     """Raises a `ValueError` if a LoRA layer is where it would not be trained or was not asked for."""
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise ValueError(
@@ -295,12 +359,12 @@ def check_adapted_modules(model: PeftModel, tower: str, freeze_vision_tower: boo
         inside = [
             name
             for name, module in model.get_base_model().named_modules()
-            if isinstance(module, BaseTunerLayer) and (name == tower or name.startswith(tower + "."))
+            if isinstance(module, BaseTunerLayer) and _is_in(name, vision)
         ]
         if inside:
             raise ValueError(
                 f"`target_modules` puts {len(inside)} LoRA layers into the vision tower (such as {inside[0]}), but "
-                f"freeze_vision_tower=True. Add {re.escape(tower)!r} to your `exclude_modules` pattern, leave "
+                f"freeze_vision_tower=True. Add {_pattern(vision)!r} to your `exclude_modules` pattern, leave "
                 "`exclude_modules` unset, or set freeze_vision_tower=False."
             )
 

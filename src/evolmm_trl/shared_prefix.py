@@ -223,7 +223,7 @@ def prompt_positions(model: PreTrainedModel | PeftModel, prompt: EncodedPrompt) 
     """
     positions, _ = base_model(model).model.get_rope_index(
         prompt.input_ids[None],
-        mm_token_type_ids=prompt.mm_token_type_ids[None],
+        mm_token_type_ids=prompt.token_inputs["mm_token_type_ids"][None],
         image_grid_thw=prompt.image_inputs["image_grid_thw"].cpu(),
     )
     return positions[:, 0]

@@ -97,8 +97,8 @@ def save_samples(samples: Sequence[Sample], file: Path) -> None:
     for i, sample in enumerate(samples):
         tensors[f"{i}.completion_ids"] = sample.completion_ids
         tensors[f"{i}.input_ids"] = sample.prompt.input_ids
-        if sample.prompt.mm_token_type_ids is not None:
-            tensors[f"{i}.mm_token_type_ids"] = sample.prompt.mm_token_type_ids
+        for name, tensor in sample.prompt.token_inputs.items():
+            tensors[f"{i}.token.{name}"] = tensor
         for name, tensor in sample.prompt.image_inputs.items():
             tensors[f"{i}.image.{name}"] = tensor
         for name, tensor in (sample.prompt.features or {}).items():
@@ -122,7 +122,7 @@ def load_samples(file: Path) -> list[Sample]:
     for i, advantage in enumerate(tensors["advantages"].tolist()):
         prompt = EncodedPrompt(
             input_ids=tensors[f"{i}.input_ids"],
-            mm_token_type_ids=tensors.get(f"{i}.mm_token_type_ids"),
+            token_inputs=_under(f"{i}.token.", tensors),
             image_inputs=_under(f"{i}.image.", tensors),
             features=_under(f"{i}.features.", tensors) or None,
         )

@@ -20,11 +20,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
@@ -49,7 +50,7 @@ from .evaluation import Scores, score_answers
 from .kl import AdaptiveKL
 from .model_card import write_model_card
 from .monitor import Rollout, RolloutLog, rollout_metrics
-from .processing import load_processor
+from .processing import load_processor, special_tokens
 from .prompts import Question, read_answer, read_question, without_marks
 from .rewards import (
     PROPOSER_ENTROPY_MEAN,
@@ -70,7 +71,7 @@ from .role_adapters import (
     load_role_adapters,
     role_lora_configs,
     role_optimizer,
-    vision_tower_name,
+    vision_modules,
 )
 from .rollout.generation import generate, generate_shared, sample_seed, why_not_generated_shared
 from .rollout.samples import (
@@ -85,6 +86,7 @@ from .rollout.samples import (
 )
 from .schedule import PROPOSER, ROLES, SOLVER, RoleSchedule, RolloutSampler, RolloutStream, as_it_is
 from .shared_prefix import (
+    PackedGroups,
     base_model,
     install_shared_attention,
     pack_groups,
@@ -205,13 +207,12 @@ class EvoLMMTrainer(GRPOTrainer):
                 DEFAULT_STREAM_ROLLOUTS,
             )
         self._check_optimizer_argument(optimizers[0], model, peft_config, args)
-        tower_name = vision_tower_name(model, args.trust_remote_code, (args.model_init_kwargs or {}).get("revision"))
+        revision = (args.model_init_kwargs or {}).get("revision")
+        vision = vision_modules(model, args.trust_remote_code, revision)
         lora_configs = None
         if peft_config is not None:
-            excluded = tower_name if args.freeze_vision_tower else None
-            lora_configs = role_lora_configs(peft_config, args.adapters, excluded)
+            lora_configs = role_lora_configs(peft_config, args.adapters, vision if args.freeze_vision_tower else ())
         if processing_class is None:
-            revision = (args.model_init_kwargs or {}).get("revision")
             processing_class = load_processor(model_id, revision=revision, trust_remote_code=args.trust_remote_code)
         if not hasattr(processing_class, "image_processor"):
             raise ValueError(
@@ -219,6 +220,10 @@ class EvoLMMTrainer(GRPOTrainer):
                 "processor, or leave it unset."
             )
         processing_class.tokenizer.padding_side = "left"
+        # A template that cannot lay out the messages says so here, before the model is loaded
+        processing_class.apply_chat_template(
+            args.role_prompts.proposer_messages(), tokenize=False, **(args.chat_template_kwargs or {})
+        )
 
         # TRL sets it to 0 for a stream, whose rows it repeats. Here a worker reads whole rollouts, see `RolloutStream`
         workers, args.dataloader_num_workers = args.dataloader_num_workers, 0
@@ -239,19 +244,20 @@ class EvoLMMTrainer(GRPOTrainer):
 
         if not reward_funcs:
             self.reward_funcs, self.reward_func_names, self.reward_processing_classes = [], [], []
-        self._set_up_roles(lora_configs, tower_name)
-        self._set_up_sharing(tower_name)
+        self._set_up_roles(lora_configs, vision)
+        self._set_up_sharing(vision)
         # Read once here, so that a missing column or an empty dataset is said now and not after the model is sharded
         self._images = readable_images(train_dataset, max_pixels=args.max_pixels, image_root=args.image_root)
 
         self.prompts = args.role_prompts
+        self._special_tokens = special_tokens(self._tokenizer)
         self.schedule = RoleSchedule(args.proposer_update_every, args.train_proposer)
         self.kl = {role: self._adaptive_kl(role) for role in ROLES}
         self.baselines = {role: EMABaseline(args.baseline_momentum) for role in ROLES}
         self.rollout_log = RolloutLog(Path(args.output_dir) / "rollouts.jsonl")
         self._pending_questions: list[Sample] = []  # asked since the proposer's last step
         self._micro_batches: list[list[_Part]] = []  # of the current optimizer step
-        self._packed = None  # the groups of the current forward, for `_get_per_token_logps_and_entropies`
+        self._model_inputs = None  # of the current forward, for `_get_per_token_logps_and_entropies`
         self._step_seconds: defaultdict[str, float] = defaultdict(float)  # of the current optimizer step, by stage
         self._first_batch_checked: set[str] = set()
         self._first_step_checked: set[str] = set()
@@ -259,7 +265,7 @@ class EvoLMMTrainer(GRPOTrainer):
             # The untrained model's scores: what later ones are compared with, and whether the vote is ahead of greedy
             args.eval_on_start = True
         if self.accelerator.is_main_process:
-            print(self.roles.describe(self.args.freeze_vision_tower))
+            print(self.roles.describe(vision, self.args.freeze_vision_tower))
 
     # ------------------------------------------------------------------------------------------------------------
     # Setting up
@@ -274,7 +280,7 @@ class EvoLMMTrainer(GRPOTrainer):
                 "can be passed as `optimizers=(None, scheduler)`."
             )
 
-    def _set_up_roles(self, lora_configs: dict[str, LoraConfig] | None, tower_name: str) -> None:
+    def _set_up_roles(self, lora_configs: dict[str, LoraConfig] | None, vision: list[str]) -> None:
         """One adapter per role on the PEFT model that TRL made, or all weights but the vision tower's."""
         model = self.model
         separate = self.args.adapters == "separate"
@@ -294,12 +300,13 @@ class EvoLMMTrainer(GRPOTrainer):
                     f"The `PeftModel` has the adapters {sorted(model.peft_config)}, but adapters={self.args.adapters!r} "
                     f"needs exactly {sorted(expected)}. Load both roles, or pass the base model with `peft_config`."
                 )
-            check_adapted_modules(model, tower_name, self.args.freeze_vision_tower)
+            check_adapted_modules(model, vision, self.args.freeze_vision_tower)
         elif self.args.freeze_vision_tower:
-            model.get_submodule(tower_name).requires_grad_(False)
+            for name in vision:
+                model.get_submodule(name).requires_grad_(False)
         self.roles = RoleAdapters(model)
 
-    def _set_up_sharing(self, tower_name: str) -> None:
+    def _set_up_sharing(self, vision: list[str]) -> None:
         """What is computed once for all samples of a group, and for both roles."""
         self._share_prefix = self._share_features = self._share_prefill = False
         self._sharing_verified = False
@@ -319,8 +326,8 @@ class EvoLMMTrainer(GRPOTrainer):
         for model in models:
             install_shared_attention(model)
         self._share_prefix = True
-        tower = base_model(self.model).get_submodule(tower_name)
-        self._share_features = not any(parameter.requires_grad for parameter in tower.parameters())
+        seeing = [base_model(self.model).get_submodule(name) for name in vision]
+        self._share_features = not any(p.requires_grad for module in seeing for p in module.parameters())
         reason = why_not_generated_shared(self.generation_config)
         if reason is None:
             self._share_prefill = True
@@ -521,9 +528,7 @@ class EvoLMMTrainer(GRPOTrainer):
         """One question per image."""
         ids = [group[0] for group in self._generate_role(model, PROPOSER, prompts, self._seeds(PROPOSER, rows, 1))]
         texts = self._decode(ids)
-        questions = [
-            read_question(text, self.prompts.default_question, self._tokenizer.all_special_tokens) for text in texts
-        ]
+        questions = [read_question(text, self.prompts.default_question, self._special_tokens) for text in texts]
         return ids, texts, questions
 
     def _solve(
@@ -665,7 +670,7 @@ class EvoLMMTrainer(GRPOTrainer):
             batch = collate_completions(samples, pad_token_id)
             # TRL joins prompts and completions, and only the completions are read
             batch["prompt_ids"] = batch["prompt_mask"] = batch["completion_ids"][:, :0]
-            batch["packed"] = pack_groups(self.model, samples, counts)
+            batch["model_inputs"] = pack_groups(self.model, samples, counts)
         else:
             batch = collate_samples(samples, pad_token_id)
         batch["completion_mask"] *= torch.tensor(counts)[:, None]
@@ -680,25 +685,24 @@ class EvoLMMTrainer(GRPOTrainer):
 
     def _completion_logps(self, model, batch: dict) -> torch.Tensor:
         """Log-probs of the completion tokens, of shape (rows, C)."""
-        others = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")
-        forward_args = {name: value for name, value in batch.items() if name not in (*others, "packed")}
-        self._packed = batch.get("packed")
+        self._model_inputs = batch["model_inputs"]
         return self._get_per_token_logps_and_entropies(
             model,
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
             batch["completion_ids"].size(1),
-            **forward_args,
         )[0]
 
     def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy=False, **kwargs):
         """TRL's forward, a row per sample, or that of the packed groups."""
-        packed, self._packed = self._packed, None
-        if packed is None:
-            return super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=compute_entropy, **kwargs)
-        with self.accelerator.autocast():
-            logps, entropies = packed_logps(model, packed, compute_entropy)
-        return logps, entropies, None
+        inputs, self._model_inputs = self._model_inputs, None
+        if isinstance(inputs, PackedGroups):
+            with self.accelerator.autocast():
+                logps, entropies = packed_logps(model, inputs, compute_entropy)
+            return logps, entropies, None
+        # TRL hands on the image tensors of some families alone. Bound here, every family's reach the model
+        model = partial(model, **inputs)
+        return super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=compute_entropy, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a micro-batch. All of its parts but the last go backward here, so that one is held at a time."""
@@ -731,7 +735,7 @@ class EvoLMMTrainer(GRPOTrainer):
         batch = self._batch(part)
         self.beta = self.kl[self.role].beta
         train_metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
-        self._packed = batch.pop("packed", None)
+        self._model_inputs = batch.pop("model_inputs")
         loss = super().compute_loss(model, batch)
         role_metrics, self._metrics["train"] = self._metrics["train"], train_metrics
         kl = role_metrics.pop("kl", [0.0])[0]  # of this part; the step's is logged at its end
@@ -881,8 +885,7 @@ class EvoLMMTrainer(GRPOTrainer):
             return sample(model, prompts, seeds, self._generation_config(role))
 
     def _to_device(self, batch: dict) -> dict:
-        device = self.accelerator.device
-        return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        return send_to_device(batch, self.accelerator.device)
 
     # ------------------------------------------------------------------------------------------------------------
     # Records
@@ -958,7 +961,7 @@ class EvoLMMTrainer(GRPOTrainer):
         n = self.num_generations_eval
         scores: list[Scores] = []
         for rows in dataloader:
-            questions = [without_marks(str(row["question"]), self._tokenizer.all_special_tokens) for row in rows]
+            questions = [without_marks(str(row["question"]), self._special_tokens) for row in rows]
             prompts = encode_prompts(
                 self.processing_class,
                 [self.prompts.solver_messages(question) for question in questions],

@@ -21,6 +21,13 @@ import torch
 from transformers import ProcessorMixin
 
 
+# What processors return besides token ids. Of an image: concatenated along the first dimension, it is that of several
+_IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "aspect_ratio_ids", "aspect_ratio_mask")
+# Of each token of a prompt: 0 over a completion, or there what the prompt's last token has
+_TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+_TOKEN_MASKS = ("cross_attention_mask",)
+
+
 @dataclass(frozen=True)
 class EncodedPrompt:
     """
@@ -29,18 +36,20 @@ class EncodedPrompt:
     Args:
         input_ids (`torch.Tensor` of shape `(prompt length,)`):
             Token ids, image placeholders included.
-        mm_token_type_ids (`torch.Tensor` of shape `(prompt length,)` or `None`):
-            1 at image placeholders, for models that take it.
+        token_inputs (`dict[str, torch.Tensor]`):
+            What the model takes for each token, of shape (prompt length, ...): `mm_token_type_ids` or `token_type_ids`, 1
+            at image placeholders, or `cross_attention_mask` (prompt length, 1, tiles).
         image_inputs (`dict[str, torch.Tensor]`):
-            This image's tensors, such as `pixel_values` (patches, patch size) and `image_grid_thw` (1, 3); those of
-            several images are concatenated along the first dimension.
+            This image's tensors, such as `pixel_values` (patches, patch size) and `image_grid_thw` (1, 3), or
+            `pixel_values` (tiles, channels, height, width); those of several images are concatenated along the first
+            dimension.
         features (`dict[str, torch.Tensor]`, *optional*):
             What the frozen vision tower makes of the image: `image` (image tokens, hidden size) and, of models that read
             the tower's inner layers too, `deepstack` (layers, image tokens, hidden size).
     """
 
     input_ids: torch.Tensor
-    mm_token_type_ids: torch.Tensor | None
+    token_inputs: dict[str, torch.Tensor]
     image_inputs: dict[str, torch.Tensor]
     features: dict[str, torch.Tensor] | None = None
 
@@ -89,41 +98,34 @@ def encode_prompts(
         `list[EncodedPrompt]`
 
     Raises:
-        `ValueError`: if the processor lays out images in a way that cannot be taken apart per row.
+        `ValueError`: if the processor returns something that this package does not know how to batch.
     """
-    texts = [
-        processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **chat_template_kwargs)
-        for messages in conversations
-    ]
-    encoded = processor(
-        text=texts, images=[[image] for image in images], padding=True, padding_side="left", return_tensors="pt"
-    )
-    rows = len(texts)
-    mask = encoded.pop("attention_mask").bool()
-    input_ids = encoded.pop("input_ids")
-    token_types = encoded.pop("mm_token_type_ids", None)
-    if "image_grid_thw" in encoded:
-        patches = encoded["image_grid_thw"].prod(-1).tolist()
-        split = {"pixel_values": encoded.pop("pixel_values").split(patches)}
-        split["image_grid_thw"] = encoded.pop("image_grid_thw").split(1)
-    else:
-        split = {}
-    for name, tensor in encoded.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.size(0) != rows:
+    encoded = []
+    for messages, image in zip(conversations, images, strict=True):
+        text, options = _as_text(processor, messages, chat_template_kwargs)
+        # One by one, since what is returned is then this image's, however many tiles or crops it has
+        inputs = processor(text=[text], images=[[image]], return_tensors="pt", **options)
+        del inputs["attention_mask"]
+        input_ids = inputs.pop("input_ids")[0]
+        unknown = sorted(set(inputs) - {*_IMAGE_INPUTS, *_TOKEN_TYPES, *_TOKEN_MASKS})
+        if unknown:
             raise ValueError(
-                f"{type(processor).__name__} returns {name!r} in a layout this package does not know, for {rows} images: "
-                f"{tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__}. Supported are "
-                "Qwen2.5-VL, Qwen3-VL, and processors whose tensors have one row per image."
+                f"{type(processor).__name__} returns {unknown}, which this package does not know how to batch. Supported "
+                "are Qwen2.5-VL, Qwen3-VL, InternVL3, Gemma 3 and Llama 3.2 Vision, and processors that return "
+                f"{', '.join(_IMAGE_INPUTS)}, {', '.join(_TOKEN_TYPES)} or {', '.join(_TOKEN_MASKS)} alone."
             )
-        split[name] = tensor.split(1)
-    return [
-        EncodedPrompt(
-            input_ids=input_ids[row][mask[row]],
-            mm_token_type_ids=token_types[row][mask[row]] if token_types is not None else None,
-            image_inputs={name: tensors[row].clone() for name, tensors in split.items()},
-        )
-        for row in range(rows)
-    ]
+        image_inputs = {name: inputs[name] for name in _IMAGE_INPUTS if name in inputs}
+        token_inputs = {name: tensor[0] for name, tensor in inputs.items() if name not in image_inputs}
+        encoded.append(EncodedPrompt(input_ids, token_inputs, image_inputs))
+    return encoded
+
+
+def _as_text(processor: ProcessorMixin, messages: list[dict], chat_template_kwargs: dict) -> tuple[str, dict]:
+    """A conversation as text, and how to tokenize it."""
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **chat_template_kwargs)
+    # Gemma's and Llama's templates write the token at the beginning, and their tokenizers would add it again
+    bos_token = processor.tokenizer.bos_token
+    return text, {"add_special_tokens": False} if bos_token and text.startswith(bos_token) else {}
 
 
 def encode_about(
@@ -154,12 +156,10 @@ def encode_about(
         return encode_prompts(processor, conversations, images, **chat_template_kwargs)
     encoded = []
     for messages, prompt in zip(conversations, prompts, strict=True):
-        text = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **chat_template_kwargs
-        )
+        text, options = _as_text(processor, messages, chat_template_kwargs)
         text, _ = processor.get_text_with_replacements([text], [processor.replace_image_token(prompt.image_inputs, 0)])
-        ids = processor.tokenizer(text)["input_ids"]
-        types = torch.tensor(processor.create_mm_token_type_ids(ids)[0])
+        ids = processor.tokenizer(text, **options)["input_ids"]
+        types = {"mm_token_type_ids": torch.tensor(processor.create_mm_token_type_ids(ids)[0])}
         encoded.append(EncodedPrompt(torch.tensor(ids[0]), types, prompt.image_inputs, prompt.features))
     return encoded
 
@@ -202,16 +202,16 @@ def pad_prompts(prompts: Sequence[EncodedPrompt], pad_token_id: int) -> dict[str
             Padding token.
 
     Returns:
-        `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and, where the model takes it, `mm_token_type_ids`, of
-        shape (rows, prompt length).
+        `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and the prompts' `token_inputs`, of shape (rows, prompt
+        length, ...).
     """
     width = max(prompt.input_ids.numel() for prompt in prompts)
     batch = {
         "input_ids": torch.stack([_left_pad(prompt.input_ids, width, pad_token_id) for prompt in prompts]),
         "attention_mask": torch.stack([_left_pad(torch.ones_like(prompt.input_ids), width, 0) for prompt in prompts]),
     }
-    if prompts[0].mm_token_type_ids is not None:
-        batch["mm_token_type_ids"] = torch.stack([_left_pad(prompt.mm_token_type_ids, width, 0) for prompt in prompts])
+    for name in prompts[0].token_inputs:
+        batch[name] = torch.stack([_left_pad(prompt.token_inputs[name], width, 0) for prompt in prompts])
     return batch
 
 
@@ -255,7 +255,7 @@ def collate_completions(samples: Sequence[Sample], pad_token_id: int) -> dict[st
     }
 
 
-def collate_samples(samples: Sequence[Sample], pad_token_id: int) -> dict[str, torch.Tensor | list[int]]:
+def collate_samples(samples: Sequence[Sample], pad_token_id: int) -> dict[str, torch.Tensor | dict[str, torch.Tensor]]:
     """
     Pads samples into the batch that TRL's loss reads, a row per sample.
 
@@ -266,18 +266,19 @@ def collate_samples(samples: Sequence[Sample], pad_token_id: int) -> dict[str, t
             Padding token.
 
     Returns:
-        `dict`: what [`collate_completions`] returns; `prompt_ids` and `prompt_mask` (rows, P), left-padded;
-        `num_images`, one per row; the image tensors; and `mm_token_type_ids` (rows, P + C), 0 over the completions.
+        `dict`: what [`collate_completions`] returns; `prompt_ids` and `prompt_mask` (rows, P), left-padded; and
+        `model_inputs`, the model's other arguments: the image tensors and, of shape (rows, P + C, ...), the
+        `token_inputs`.
     """
-    batch = collate_prompts([sample.prompt for sample in samples], pad_token_id)
-    batch["prompt_ids"] = batch.pop("input_ids")
-    batch["prompt_mask"] = batch.pop("attention_mask")
+    inputs = collate_prompts([sample.prompt for sample in samples], pad_token_id)
+    batch = {"prompt_ids": inputs.pop("input_ids"), "prompt_mask": inputs.pop("attention_mask")}
     batch |= collate_completions(samples, pad_token_id)
-    batch["num_images"] = [1] * len(samples)
-    if "mm_token_type_ids" in batch:
-        width = batch["completion_ids"].size(1)
-        batch["mm_token_type_ids"] = torch.nn.functional.pad(batch["mm_token_type_ids"], (0, width))
-    return batch
+    width = batch["completion_ids"].size(1)
+    for name in samples[0].prompt.token_inputs:
+        rows, _, *sizes = inputs[name].shape
+        last = inputs[name][:, -1:] if name in _TOKEN_MASKS else inputs[name].new_zeros(rows, 1, *sizes)
+        inputs[name] = torch.cat([inputs[name], last.expand(-1, width, *sizes)], dim=1)
+    return {**batch, "model_inputs": inputs}
 
 
 def split_evenly(samples: Sequence, parts: int, group_size: int = 1) -> list[list]:
@@ -293,7 +294,7 @@ def split_evenly(samples: Sequence, parts: int, group_size: int = 1) -> list[lis
 
 
 def _left_pad(row: torch.Tensor, width: int, value: int) -> torch.Tensor:
-    return torch.nn.functional.pad(row, (width - row.numel(), 0), value=value)
+    return torch.cat([row.new_full((width - len(row), *row.shape[1:]), value), row])
 
 
 def _right_pad(row: torch.Tensor, width: int, value: int) -> torch.Tensor:
