@@ -224,8 +224,8 @@ def watch_tokens(trainer):
         for ids, mask in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True):
             assert mask[: mask.sum()].all()
             trained[trainer.role].append(ids[mask].tolist())
-        if "packed" in batch:  # the tokens that are scored, in the rows of the answers
-            packed = batch["packed"]
+        packed = batch["model_inputs"]
+        if isinstance(packed, PackedGroups):  # the tokens that are scored, in the rows of the answers
             assert packed.labels[0][packed.columns[packed.counted]].tolist() == sum(
                 trained[trainer.role][-len(part.samples) :], []
             )

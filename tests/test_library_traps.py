@@ -365,7 +365,7 @@ def test_a_micro_batch_of_n_answers_is_one_whole_group(trained):
     for _, role, batch in trained.batches:
         if role == "solver":
             assert len(batch["completion_ids"]) == 3 and batch["completion_mask"].any(dim=1).all()
-            assert len(batch["packed"].groups) == 1
+            assert len(batch["model_inputs"].groups) == 1
 
 
 def test_every_process_reads_whole_images_and_none_twice():

@@ -476,7 +476,7 @@ def test_generation_settings_of_the_user_s_own_take_transformers_generate(settin
 class PartsTrainer(TalkingTrainer):
     def _batch(self, part):
         batch = super()._batch(part)
-        self.parts = [*getattr(self, "parts", []), (self.role, len(part.samples), len(batch["packed"].groups))]
+        self.parts = [*getattr(self, "parts", []), (self.role, len(part.samples), len(batch["model_inputs"].groups))]
         return batch
 
 
