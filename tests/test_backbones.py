@@ -14,6 +14,7 @@
 
 """InternVL3, Gemma 3 and Llama 3.2 Vision beside the Qwen families: their images, their masks, their towers."""
 
+import inspect
 import io
 import json
 import logging
@@ -31,6 +32,7 @@ from tiny_models import tiny_gemma3, tiny_internvl, tiny_mllama, tiny_qwen2_5_vl
 from tiny_trainer import TalkingTrainer, Watch, config, logged, lora, noise_images, snapshot
 from transformers import AutoModelForImageTextToText, Gemma3Processor, MllamaProcessor
 from transformers.utils import is_torchvision_available
+from trl import GRPOTrainer
 
 from evolmm_trl import RolePrompts, load_processor
 from evolmm_trl.processing import special_tokens
@@ -287,6 +289,23 @@ def assert_log_probs_are_those_of_each_row_alone(trainer, processor):
 def test_log_probs_of_a_ragged_batch_are_those_of_each_row_alone(trained, role):
     with trained.trainer.roles.using(role):
         assert_log_probs_are_those_of_each_row_alone(trained.trainer, trained.trainer.processing_class)
+
+
+def test_trl_s_forward_alone_does_not_hand_on_what_llama_needs(bases, tmp_path):
+    trainer = make_trainer(bases["mllama"], tmp_path)
+    inputs = by_the_processor(trainer.processing_class, QUESTIONS[0], pictures()[0])
+    known = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+    assert set(inputs) - set(known) == {"aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"}
+    with pytest.raises(ValueError, match="`aspect_ratio_ids` must be provided"):
+        GRPOTrainer._get_per_token_logps_and_entropies(
+            trainer,
+            trainer.model,
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            2,
+            pixel_values=inputs["pixel_values"],
+            num_images=[1],
+        )
 
 
 def test_images_have_as_many_tiles_and_crops_as_their_family_gives_them(bases):
