@@ -37,7 +37,7 @@ from trl import GRPOTrainer
 from evolmm_trl import RolePrompts, load_processor
 from evolmm_trl.processing import special_tokens
 from evolmm_trl.prompts import read_question
-from evolmm_trl.role_adapters import matched_but_left_out, role_lora_configs, vision_modules
+from evolmm_trl.role_adapters import RoleAdapters, matched_but_left_out, role_lora_configs, vision_modules
 from evolmm_trl.rollout.generation import generate
 from evolmm_trl.rollout.samples import Sample, collate_prompts, encode_prompts
 from evolmm_trl.state import load_samples, save_samples
@@ -452,6 +452,8 @@ def test_lora_layers_are_in_the_tower_when_it_is_asked_for(bases, family):
     inside = {name for name in adapted(model) if name.startswith(tuple(VISION[family]))}
     assert last_names(inside) == SHARED_NAMES[family] | OWN_NAMES[family]
     assert matched_but_left_out(model, VISION[family]) == []
+    printed = RoleAdapters(model).describe(VISION[family], False)
+    assert "left out" not in printed and ("mlp.0, mlp.2" in printed) == (family == "qwen2_5_vl")
 
 
 def test_the_modules_chosen_and_left_out_are_printed_once(trained):

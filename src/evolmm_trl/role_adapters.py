@@ -16,7 +16,7 @@
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -133,17 +133,16 @@ class RoleAdapters:
         lines = [f"Trainable parameters of {total:,}:"]
         for role in ROLES:
             parameters = self.parameters(role)
-            modules = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in parameters if ".lora_" in name})
-            where = f"LoRA on {', '.join(modules)}" if modules else "all weights"
+            modules = _last_names(name.split(".lora_")[0] for name in parameters if ".lora_" in name)
+            where = f"LoRA on {modules}" if modules else "all weights"
             lines.append(f"  {role}: {sum(p.numel() for p in parameters.values()):,} ({where})")
         lines.append(f"  vision tower: {'frozen' if vision_is_frozen else 'trainable'}.")
         if not self.separate:
             lines[-1] += " Both roles train the same weights."
         if left_out := matched_but_left_out(self.model, vision):
-            names = sorted({name.rpartition(".")[2] for name in left_out})
             lines[-1] += (
                 f" `target_modules` matches {len(left_out)} modules of {' and '.join(vision)} too, which are left out: "
-                f"{', '.join(names)}. Set freeze_vision_tower=False to train them."
+                f"{_last_names(left_out)}. Set freeze_vision_tower=False to train them."
             )
         return "\n".join(lines)
 
@@ -263,6 +262,11 @@ def vision_modules(
     parent, _, _ = tower.rpartition(".")
     beside = [name for name, _ in model.get_submodule(parent).named_children() if name == _PROJECTOR]
     return [tower, *(f"{parent}.{name}" if parent else name for name in beside)]
+
+
+def _last_names(modules: Iterable[str]) -> str:
+    """The modules' last names, without repetition; a number alone says nothing, so that it follows a name."""
+    return ", ".join(sorted({re.search(r"[^.]+(\.\d+)?$", module)[0] for module in modules}))
 
 
 def _is_in(name: str, modules: Sequence[str]) -> bool:
