@@ -32,7 +32,7 @@ _import_structure = {
     "processing": ["load_processor"],
     "prompts": ["RolePrompts"],
     "rewards": ["discrete_proposer_reward", "discrete_solver_rewards", "proposer_reward", "solver_rewards"],
-    "role_adapters": ["load_solver"],
+    "solver": ["load_solver", "merge_solver"],
     "trainer": ["EvoLMMTrainer"],
     "voting": ["Vote", "vote"],
 }

@@ -15,6 +15,7 @@
 from dataclasses import dataclass, field
 
 import torch
+from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from .prompts import RolePrompts
@@ -244,6 +245,13 @@ class EvoLMMConfig(GRPOConfig):
         super().__post_init__()
         self._check()
 
+    # A dataclass makes its own, which would print `hub_token`
+    __repr__ = TrainingArguments.__repr__
+
+    def __getstate__(self) -> dict:
+        """What is pickled into `training_args.bin`, which is pushed to the Hub: all but the token."""
+        return {**self.__dict__, "hub_token": None}
+
     def _check(self) -> None:
         if self.use_vllm:
             raise ValueError(
@@ -256,6 +264,11 @@ class EvoLMMConfig(GRPOConfig):
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}: every rollout is trained on in exactly "
                 "one optimizer step. Leave `num_iterations`, `steps_per_generation` and `generation_batch_size` unset and "
                 "choose the images per step with `gradient_accumulation_steps`."
+            )
+        if self.model_init_kwargs and "token" in self.model_init_kwargs:
+            raise ValueError(
+                "`model_init_kwargs` holds a token, which would be written to logs and to training_args.bin. Log in with "
+                "`hf auth login`, or set the environment variable HF_TOKEN."
             )
         if self.scale_rewards != "none":
             raise ValueError(

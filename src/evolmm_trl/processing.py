@@ -39,7 +39,9 @@ from transformers.utils import cached_file, is_torchvision_available
 logger = logging.getLogger(__name__)
 
 _PICKLED = "_ImageOnly"
-_HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+_CACHED_FILE_KWARGS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+# What `from_pretrained` of a model and of its processor are given alike
+HUB_KWARGS = (*_CACHED_FILE_KWARGS, "trust_remote_code")
 
 
 class _ImageOnlyMixin:
@@ -124,7 +126,7 @@ def processor_class(stock: type) -> type:
 
 def _saved_processor_class(name_or_path: str, **kwargs) -> str | None:
     """The `processor_class` that a checkpoint names, looked up in the order of `AutoProcessor`."""
-    kwargs = {key: value for key, value in kwargs.items() if key in _HUB_KWARGS}
+    kwargs = {key: value for key, value in kwargs.items() if key in _CACHED_FILE_KWARGS}
     for filename in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         path = cached_file(name_or_path, filename, **kwargs, _raise_exceptions_for_missing_entries=False)
         if path is not None:
@@ -143,12 +145,13 @@ def load_processor(name_or_path: str, **kwargs) -> ProcessorMixin:
         name_or_path (`str` or `os.PathLike`):
             Model id on the Hub or a local folder.
         **kwargs:
-            Passed to `from_pretrained`.
+            Passed to `from_pretrained`. `trust_remote_code` is `False` unless it is passed.
 
     Returns:
         [`~transformers.ProcessorMixin`]: for text and images; `videos=` raises where torchvision is missing.
     """
     name_or_path = str(name_or_path)
+    kwargs = {"trust_remote_code": False, **kwargs}  # unset, transformers asks at the terminal
     if is_torchvision_available():
         return AutoProcessor.from_pretrained(name_or_path, **kwargs)
     image_only = _image_only_processors()

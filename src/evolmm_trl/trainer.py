@@ -14,6 +14,7 @@
 
 import json
 import logging
+import shutil
 import textwrap
 import time
 from collections import defaultdict
@@ -37,7 +38,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
@@ -436,10 +437,10 @@ class EvoLMMTrainer(GRPOTrainer):
                 )
         elif resume_from_checkpoint:
             check_complete(resume_from_checkpoint)
-        if resume_from_checkpoint and self.is_deepspeed_enabled and self.accelerator.is_main_process:
+        if resume_from_checkpoint and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             logger.warning(
-                "DeepSpeed reads %s by pickle, which can run code: resume from checkpoints of your own alone.",
-                resume_from_checkpoint,
+                "DeepSpeed and FSDP read their part of a checkpoint as a pickle, which can run code. Resume only from a "
+                "checkpoint that you wrote."
             )
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -1028,6 +1029,44 @@ class EvoLMMTrainer(GRPOTrainer):
             (folder / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n")
         super()._save_checkpoint(model, trial)
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """
+        Pushes a checkpoint from a thread as the parent does, but from a folder of its own. The parent pushes the output
+        folder, where `rollouts.jsonl` grows meanwhile, and which lacks the checkpoint's proposer and card.
+        """
+        args = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is not None:
+            if not self.push_in_progress.is_done() and not args.hub_always_push:
+                return
+            self._finish_current_push()  # it reads the folder that is now written anew
+        output_dir, folder = args.output_dir, Path(args.output_dir) / "_push"
+        folder.mkdir(exist_ok=True)
+        shutil.copy(Path(checkpoint_folder) / "README.md", folder)
+        if self.roles.separate:
+            proposer = ADAPTER_OF[PROPOSER]
+            shutil.copytree(Path(checkpoint_folder) / proposer, folder / proposer, dirs_exist_ok=True)
+        if self.rollout_log.path.exists():
+            shutil.copy(self.rollout_log.path, folder)
+        args.output_dir = str(folder)
+        try:
+            super()._push_from_checkpoint(checkpoint_folder)
+        finally:
+            args.output_dir = output_dir
+
+    def _finish_current_push(self) -> None:
+        """Waits as the parent does, and says which pushes failed, of which the parent says nothing."""
+        super()._finish_current_push()
+        push = getattr(self, "push_in_progress", None)
+        if push is None:
+            return
+        self.push_in_progress = None
+        for job in push.jobs:
+            if job.exception() is not None:
+                logger.warning("A checkpoint was not pushed to %s: %s", self.hub_model_id, job.exception())
+        shutil.rmtree(Path(self.args.output_dir) / "_push")
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # before the trainer's state, which says that all have written
@@ -1040,9 +1079,16 @@ class EvoLMMTrainer(GRPOTrainer):
         elif self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
+            if (Path(resume_from_checkpoint) / "adapter_config.json").exists():
+                # `from_pretrained` would load the model that it names
+                raise ValueError(
+                    f"{resume_from_checkpoint} holds adapters, but all weights are trained: pass `peft_config`."
+                )
             # The parent skips, with a warning, every tensor whose name in memory is not the one that is saved, which in
             # Qwen2.5-VL are all of them
-            saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+            saved = type(self.model).from_pretrained(
+                resume_from_checkpoint, dtype=self.model.dtype, use_safetensors=True, local_files_only=True
+            )
             self.model.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:

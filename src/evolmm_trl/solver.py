@@ -1,0 +1,174 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A trained solver: loaded to answer, or written as one model."""
+
+import json
+import logging
+import warnings
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForImageTextToText
+
+from .processing import HUB_KWARGS, load_processor
+
+
+logger = logging.getLogger(__name__)
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_PLACES = ("", "solver")  # this package's layout and the authors'
+
+
+def load_solver(base: str, adapter: str, **kwargs):
+    """
+    Loads a trained solver, ready to answer.
+
+    Of the adapters nothing is read but JSON and safetensors: no pickle, and no code.
+
+    Args:
+        base (`str`):
+            Id or path of the base model.
+        adapter (`str`):
+            Id or path of the adapters: this package's layout, with the solver in the root, or the authors', with the
+            solver in the subfolder `solver`.
+        **kwargs:
+            For `from_pretrained` of the base model, such as `dtype` or `device_map`. Those about the Hub go to the
+            processor too, and `token`, `cache_dir` and `local_files_only` also to the adapters.
+
+    Returns:
+        `tuple[PeftModel, ProcessorMixin]`: the model, in eval mode, and its processor.
+
+    Raises:
+        `ValueError`: if there is no adapter, its weights are not safetensors, or it does not fit the base model.
+
+    Example:
+
+    ```python
+    >>> model, processor = load_solver("Qwen/Qwen2.5-VL-7B-Instruct", "charts-evolmm", device_map="auto")
+    ```
+    """
+    hub = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
+    folder = _solver_folder(adapter, **hub)
+    trained_on = _check_config(folder)
+    if trained_on is not None and Path(trained_on).name != Path(base).name:
+        logger.warning("%s was trained on %s and is loaded on %s.", adapter, trained_on, base)
+
+    kwargs = {"trust_remote_code": False, **kwargs}  # unset, transformers asks at the terminal
+    model = AutoModelForImageTextToText.from_pretrained(base, **kwargs)
+    try:
+        with warnings.catch_warnings():
+            # Of tensors that it misses PEFT only warns, and the adapter has no effect
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(model, str(folder))
+    except UserWarning as error:
+        raise ValueError(
+            f"The adapter in {folder} does not fit {base}: {error} Use the base model that it was trained on."
+        ) from error
+    processor = load_processor(base, **{name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
+    return model.eval(), processor
+
+
+def merge_solver(base: str, adapter: str, output_dir: str, **kwargs) -> None:
+    """
+    Writes a trained solver as one model, for inference engines that take no adapter: weights, configuration and
+    processor, which load as the base model does.
+
+    Each weight is merged in float32 and rounded once, to the base model's precision.
+
+    Args:
+        base (`str`):
+            Id or path of the base model, not quantized.
+        adapter (`str`):
+            Id or path of the adapters, as in [`load_solver`].
+        output_dir (`str`):
+            Folder to write to.
+        **kwargs:
+            As in [`load_solver`]. `dtype` is the precision to write, by default that of the base model's weights.
+
+    Raises:
+        `ValueError`: if the base model is quantized, or `output_dir` holds an adapter, which transformers would apply
+        to the merged weights again.
+
+    Example:
+
+    ```python
+    >>> merge_solver("Qwen/Qwen2.5-VL-7B-Instruct", "charts-evolmm", "charts-evolmm-merged")
+    ```
+    """
+    if (Path(output_dir) / _ADAPTER_FILES[0]).exists():
+        raise ValueError(
+            f"{output_dir} holds an adapter, which transformers would apply to the merged weights again. Write to another "
+            "folder."
+        )
+    model, processor = load_solver(base, adapter, **{"dtype": "auto", **kwargs})
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{base} is quantized: merged into its rounded weights the adapter would be rounded too. Pass the model that "
+            "it was quantized from."
+        )
+    if model.config.tie_word_embeddings and isinstance(model.get_input_embeddings(), LoraLayer):
+        raise ValueError(
+            f"{adapter} adapts the input embeddings, whose weight is the output layer's too in {base}: merged, it would "
+            "change both."
+        )
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            merged_into = layer.get_base_layer()
+            dtype = next(merged_into.parameters()).dtype
+            merged_into.float()
+            layer.merge(safe_merge=True)
+            merged_into.to(dtype)
+    model = model.unload()
+    model.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+
+
+def _solver_folder(adapter: str, **kwargs) -> Path:
+    """The local folder of the solver's adapter. Of a repository nothing but the adapter's two files is downloaded."""
+    root = Path(adapter)
+    if not root.is_dir():
+        wanted = [f"{place}/{name}".lstrip("/") for place in _PLACES for name in _ADAPTER_FILES]
+        try:
+            root = Path(snapshot_download(adapter, allow_patterns=wanted, **kwargs))
+        except (HFValidationError, RepositoryNotFoundError) as error:
+            raise ValueError(
+                f"{adapter} is neither a folder nor a repository on the Hub that can be read. For a private repository, "
+                "pass `token` or log in with `hf auth login`."
+            ) from error
+    folder = next((root / place for place in _PLACES if (root / place / _ADAPTER_FILES[0]).is_file()), root)
+    missing = [name for name in _ADAPTER_FILES if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{adapter} holds no solver that can be loaded: {' and '.join(missing)} missing. Expected "
+            f"{' and '.join(_ADAPTER_FILES)} in its root or in its subfolder 'solver'. Weights in adapter_model.bin are a "
+            "pickle, which can run code when it is loaded, and are never loaded: have them saved as safetensors."
+        )
+    return folder
+
+
+def _check_config(folder: Path) -> str | None:
+    """Refuses adapters that are not plain LoRA; returns the name of the model that the adapter was trained on."""
+    config = json.loads((folder / _ADAPTER_FILES[0]).read_text())
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"The adapter in {folder} is of the type {config.get('peft_type')}; expected LORA.")
+    if config.get("megatron_config") is not None:
+        raise ValueError(
+            f"The adapter in {folder} has a `megatron_config`, which makes PEFT import the module that it names. Such "
+            "adapters are not loaded."
+        )
+    return config.get("base_model_name_or_path")

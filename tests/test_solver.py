@@ -1,0 +1,201 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A trained solver is loaded as what it was trained to be or not at all, and merged without losing precision."""
+
+import json
+import logging
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_qwen2_5_vl
+from tiny_trainer import lora, noise_images
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+from evolmm_trl import RolePrompts, load_processor, load_solver, merge_solver
+
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """In bfloat16, as the models of the Hub are."""
+    path = tiny_qwen2_5_vl(tmp_path_factory.mktemp("base") / "qwen2_5_vl", hidden=64)
+    AutoModelForImageTextToText.from_pretrained(path).bfloat16().save_pretrained(path)
+    return str(path)
+
+
+def adapter_of(base, path, config: LoraConfig):
+    """An adapter that moves the logits, as if it had been trained."""
+    model = get_peft_model(AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32), config)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding_A" in name:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    return adapter_of(base, tmp_path_factory.mktemp("adapter") / "solver", lora(exclude_modules=r"model\.visual\..*"))
+
+
+@pytest.fixture
+def adapter(trained, tmp_path):
+    """A copy, to be changed."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for path in trained.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def change_config(folder, **values):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def logits(model, processor):
+    messages = RolePrompts().solver_messages("How many bars are there?")
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    with torch.no_grad():
+        return model(**processor(text=[text], images=noise_images(1), return_tensors="pt")).logits
+
+
+# Merging
+
+
+@pytest.fixture(scope="module")
+def merged(base, trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merged") / "model"
+    merge_solver(base, str(trained), str(folder))
+    return folder
+
+
+def test_a_merged_model_answers_as_base_and_adapter_together(base, trained, merged, tmp_path):
+    merge_solver(base, str(trained), str(tmp_path / "exact"), dtype=torch.float32)
+    solver, processor = load_solver(base, str(trained), dtype=torch.float32)
+    expected = logits(solver, processor)
+    untrained = logits(AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32), processor)
+    assert (expected - untrained).abs().max() > 0.1
+
+    exact = AutoModelForImageTextToText.from_pretrained(tmp_path / "exact", dtype="auto")
+    assert exact.dtype == torch.float32 and not exact.training
+    assert torch.allclose(logits(exact, load_processor(tmp_path / "exact")), expected, atol=1e-4)
+    rounded = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32)
+    assert (logits(rounded, load_processor(merged)) - expected).abs().max() < 0.1
+
+
+def test_each_merged_weight_is_rounded_once(base, trained, merged):
+    before, after = load_file(f"{base}/model.safetensors"), load_file(merged / "model.safetensors")
+    adapter = load_file(trained / WEIGHTS)
+    assert before.keys() == after.keys()
+    changed = set()
+    for name, weight in before.items():
+        assert after[name].dtype == torch.bfloat16
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{prefix}.lora_A.weight" in adapter:
+            delta = 2.0 * adapter[f"{prefix}.lora_B.weight"] @ adapter[f"{prefix}.lora_A.weight"]
+            weight = (weight.float() + delta).bfloat16()
+            changed.add(name)
+        assert torch.equal(after[name], weight), name
+    assert len(changed) == len(adapter) // 2 > 0
+
+
+def test_a_merged_folder_is_a_model_and_no_adapter(merged):
+    names = {path.name for path in merged.iterdir()}
+    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= names
+    assert not any(name.startswith("adapter") or name.endswith((".bin", ".pt")) for name in names)
+    assert json.loads((merged / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_merging_refuses_what_it_would_get_wrong(base, trained, adapter, tmp_path):
+    with pytest.raises(ValueError, match="would apply to the merged weights again"):
+        merge_solver(base, str(trained), str(adapter))
+    with pytest.raises(ValueError, match="is quantized"):
+        quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        merge_solver(base, str(trained), str(tmp_path / "out"), quantization_config=quantized)
+    tied = adapter_of(base, tmp_path / "tied", LoraConfig(r=2, target_modules=["embed_tokens"]))
+    with pytest.raises(ValueError, match="it would change both"):
+        merge_solver(base, str(tied), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+# Loading what others wrote
+
+
+class Marker:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickled_adapter_is_refused(base, adapter, tmp_path):
+    (adapter / WEIGHTS).unlink()
+    (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Marker(tmp_path / "ran")))
+    with pytest.raises(ValueError, match="adapter_model.safetensors missing.*are a pickle.*never loaded"):
+        load_solver(base, str(adapter))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_beside_the_weights_is_left_alone(base, adapter, tmp_path):
+    for name in ("adapter_model.bin", "pytorch_model.bin", "training_args.bin"):
+        (adapter / name).write_bytes(pickle.dumps(Marker(tmp_path / "ran")))
+    load_solver(base, str(adapter))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_without_an_adapter_is_refused(base, tmp_path):
+    with pytest.raises(ValueError, match="holds no solver that can be loaded: adapter_config.json and adapter_model"):
+        load_solver(base, str(tmp_path))
+
+
+def test_a_config_that_makes_peft_import_a_module_is_refused(base, adapter, tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    change_config(adapter, megatron_config={"hidden_size": 1}, megatron_core="evil")
+    with pytest.raises(ValueError, match="makes PEFT import the module"):
+        load_solver(base, str(adapter))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_adapter_that_is_not_lora_is_refused(base, adapter):
+    change_config(adapter, peft_type="XLORA")
+    with pytest.raises(ValueError, match="is of the type XLORA; expected LORA"):
+        load_solver(base, str(adapter))
+
+
+def test_an_adapter_with_tensors_of_other_names_is_refused_rather_than_without_effect(base, adapter):
+    tensors = load_file(adapter / WEIGHTS)
+    save_file({name.replace("language_model.", ""): tensor for name, tensor in tensors.items()}, adapter / WEIGHTS)
+    with pytest.raises(ValueError, match="does not fit.*Found missing adapter keys.*Use the base model"):
+        load_solver(base, str(adapter))
+
+
+def test_another_base_model_than_the_adapter_was_trained_on_is_warned_of(base, trained, adapter, caplog):
+    with caplog.at_level(logging.WARNING, logger="evolmm_trl"):
+        load_solver(base, str(trained))
+        assert caplog.text == ""
+        change_config(adapter, base_model_name_or_path="somebody/other")
+        load_solver(base, str(adapter))
+    assert f"was trained on somebody/other and is loaded on {base}" in caplog.text
