@@ -148,6 +148,7 @@ class HubStandIn:
 class _Handler(BaseHTTPRequestHandler):
     hub: HubStandIn
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # each answer is two writes, of which the second would wait 40 ms
 
     def log_message(self, *args) -> None:
         pass
@@ -233,12 +234,16 @@ class _Handler(BaseHTTPRequestHandler):
         info = {"id": repo, "sha": found.sha(number), "private": found.private, "siblings": siblings, "tags": []}
         return self._send(200, info)
 
-    def tree(self, repo: str, revision: str) -> None:
+    def tree(self, repo: str, revision: str, folder: str | None = None) -> None:
         if (found := self._repo(repo)) is None:
             return None
         if (number := found.at(revision)) is None:
             return self._error(404, "RevisionNotFound")
-        return self._send(200, [self._entry(path, data) for path, data in found.commits[number].items()])
+        prefix = f"{folder}/" if folder else ""
+        files = {path: data for path, data in found.commits[number].items() if path.startswith(prefix)}
+        if folder and not files:
+            return self._error(404, "EntryNotFound")
+        return self._send(200, [self._entry(path, data) for path, data in files.items()])
 
     def paths_info(self, repo: str, revision: str) -> None:
         if (found := self._repo(repo)) is None:
@@ -357,7 +362,7 @@ _ROUTES = (
     ("POST", "/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "preupload"),
     ("POST", "/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "commit"),
     ("POST", "/api/models/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)", "paths_info"),
-    ("GET", "/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)", "tree"),
+    ("GET", "/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", "tree"),
     ("GET", "/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>[^/]+)", "info"),
     ("GET", "/api/models/(?P<repo>[^/]+/[^/]+)", "info"),
     ("GET|HEAD", "/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),

@@ -30,19 +30,30 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from tiny_trainer import TalkingTrainer, config, image_dataset, lora, noise_images
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from evolmm_trl import RolePrompts, load_processor, load_solver, merge_solver
 
 
 TOKEN = os.environ["MY_TOKEN"]
-STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 HUB = {"push_to_hub": True, "hub_token": TOKEN, "hub_always_push": True}
 
 
-def make(folder, base, **options) -> TalkingTrainer:
+class Interrupt(TrainerCallback):
+    """Stops a run at its second step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+
+def make(folder, base, callbacks=None, **options) -> TalkingTrainer:
     return TalkingTrainer(
-        model=base, args=config(folder, **{**STEPS, **options}), train_dataset=image_dataset(), peft_config=lora()
+        model=base,
+        args=config(folder, **{**STEPS, **options}),
+        train_dataset=image_dataset(),
+        peft_config=lora(),
+        callbacks=callbacks,
     )
 
 
@@ -74,9 +85,10 @@ def push(folder: Path) -> dict:
     whole.train()
     whole.push_to_hub()
 
-    last = make(folder / "last", base, **HUB, hub_strategy="checkpoint", hub_private_repo=True, max_steps=2)
+    interrupted = [Interrupt()]
+    last = make(folder / "last", base, interrupted, **HUB, hub_strategy="checkpoint", hub_private_repo=True)
     last.train()
-    several = make(folder / "all", base, **HUB, hub_strategy="all_checkpoints", max_steps=2, save_steps=1)
+    several = make(folder / "all", base, interrupted, **HUB, hub_strategy="all_checkpoints", save_steps=1)
     several.train()
     refused = make(folder / "refused", base, **HUB, hub_strategy="every_save", max_steps=2)
     refused.train()
@@ -90,13 +102,13 @@ def pull(folder: Path) -> dict:
     untrained = logits(AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32), processor)
     seen = {"solver_is_trained": difference(expected, untrained)}
 
+    seen["private_without_token"] = error_of(load_solver, base, "alice/last")
+    seen["private_with_another_token"] = error_of(load_solver, base, "alice/last", token="hf_of_bob_0123456789")
+    seen["nowhere"] = error_of(load_solver, base, "runs/of/nobody")
     for name, adapter in {"ours": "alice/whole", "authors": "lab/authors", "private": "alice/last"}.items():
         model, processor = load_solver("alice/base", adapter, dtype=torch.float32, token=TOKEN)
         seen[name] = difference(logits(model, processor), expected)
     seen["processor"] = type(processor).__name__
-    seen["private_without_token"] = error_of(load_solver, base, "alice/last")
-    seen["private_with_another_token"] = error_of(load_solver, base, "alice/last", token="hf_of_bob_0123456789")
-    seen["nowhere"] = error_of(load_solver, base, "runs/of/nobody")
 
     merge_solver("alice/base", "alice/whole", str(folder / "merged"), token=TOKEN)
     merged = AutoModelForImageTextToText.from_pretrained(folder / "merged", dtype=torch.float32)

@@ -17,6 +17,7 @@
 import ast
 import pickle
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -120,12 +121,12 @@ def trained(base, tmp_path_factory):
 
 @pytest.fixture
 def adapters(trained, tmp_path):
-    return shutil.copytree(trained["adapters"], tmp_path / "run") / "checkpoint-1"
+    return shutil.copytree(trained["adapters"], tmp_path / "adapters") / "checkpoint-1"
 
 
 @pytest.fixture
 def weights(trained, tmp_path):
-    return shutil.copytree(trained["weights"], tmp_path / "run") / "checkpoint-1"
+    return shutil.copytree(trained["weights"], tmp_path / "weights") / "checkpoint-1"
 
 
 def write_pickle(path, marker, how):
@@ -143,7 +144,8 @@ def test_a_malicious_pickle_in_a_checkpoint_does_not_run(base, adapters, tmp_pat
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         make(base, adapters.parent, lora()).train(resume_from_checkpoint=str(adapters))
     assert not (tmp_path / "ran").exists()
-    torch.load(adapters / name, weights_only=False)
+    with suppress(RuntimeError):  # of a file without tensors, when it has been executed
+        torch.load(adapters / name, weights_only=False)
     assert (tmp_path / "ran").exists()  # it is malicious
 
 

@@ -99,7 +99,8 @@ def test_a_merged_model_answers_as_base_and_adapter_together(base, trained, merg
     assert exact.dtype == torch.float32 and not exact.training
     assert torch.allclose(logits(exact, load_processor(tmp_path / "exact")), expected, atol=1e-4)
     rounded = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32)
-    assert (logits(rounded, load_processor(merged)) - expected).abs().max() < 0.1
+    error, effect = logits(rounded, load_processor(merged)) - expected, expected - untrained
+    assert error.abs().mean() < 0.05 * effect.abs().mean()
 
 
 def test_each_merged_weight_is_rounded_once(base, trained, merged):
@@ -109,7 +110,9 @@ def test_each_merged_weight_is_rounded_once(base, trained, merged):
     changed = set()
     for name, weight in before.items():
         assert after[name].dtype == torch.bfloat16
-        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        prefix = "base_model.model." + name.removesuffix(".weight").replace(
+            "model.layers", "model.language_model.layers"
+        )
         if f"{prefix}.lora_A.weight" in adapter:
             delta = 2.0 * adapter[f"{prefix}.lora_B.weight"] @ adapter[f"{prefix}.lora_A.weight"]
             weight = (weight.float() + delta).bfloat16()
