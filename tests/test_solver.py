@@ -128,12 +128,19 @@ def test_a_merged_folder_is_a_model_and_no_adapter(merged):
     assert json.loads((merged / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_merging_refuses_what_it_would_get_wrong(base, trained, adapter, tmp_path):
+def test_an_adapter_beside_merged_weights_is_refused(base, trained, adapter):
     with pytest.raises(ValueError, match="would apply to the merged weights again"):
         merge_solver(base, str(trained), str(adapter))
+
+
+def test_merging_into_a_quantized_model_is_refused(base, trained, tmp_path):
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     with pytest.raises(ValueError, match="is quantized"):
-        quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
         merge_solver(base, str(trained), str(tmp_path / "out"), quantization_config=quantized)
+    assert not (tmp_path / "out").exists()
+
+
+def test_merging_into_an_embedding_that_is_the_output_layer_too_is_refused(base, tmp_path):
     tied = adapter_of(base, tmp_path / "tied", LoraConfig(r=2, target_modules=["embed_tokens"]))
     with pytest.raises(ValueError, match="it would change both"):
         merge_solver(base, str(tied), str(tmp_path / "out"))
@@ -177,7 +184,7 @@ def test_a_config_that_makes_peft_import_a_module_is_refused(base, adapter, tmp_
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
     change_config(adapter, megatron_config={"hidden_size": 1}, megatron_core="evil")
-    with pytest.raises(ValueError, match="makes PEFT import the module"):
+    with pytest.raises(ValueError, match="potential security risk"):
         load_solver(base, str(adapter))
     assert not (tmp_path / "ran").exists()
 

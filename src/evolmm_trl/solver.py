@@ -166,9 +166,4 @@ def _check_config(folder: Path) -> str | None:
     config = json.loads((folder / _ADAPTER_FILES[0]).read_text())
     if config.get("peft_type") != "LORA":
         raise ValueError(f"The adapter in {folder} is of the type {config.get('peft_type')}; expected LORA.")
-    if config.get("megatron_config") is not None:
-        raise ValueError(
-            f"The adapter in {folder} has a `megatron_config`, which makes PEFT import the module that it names. Such "
-            "adapters are not loaded."
-        )
     return config.get("base_model_name_or_path")
