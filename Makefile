@@ -31,7 +31,7 @@ experiments: venv
 	OMP_NUM_THREADS=1 $(PY) examples/demo/experiments.py run
 
 test: venv
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
 lint: venv
 	.venv/bin/ruff check

@@ -29,6 +29,7 @@ from tiny_models import tiny_qwen2_5_vl
 
 TOKEN = "hf_of_alice_0123456789"
 ROLES = ("adapter_model.safetensors", "proposer/adapter_model.safetensors")
+pytestmark = pytest.mark.xdist_group("hub")  # one process: what is pushed is pushed once
 USER = Path(__file__).parent / "hub_user.py"
 
 

@@ -549,6 +549,7 @@ SIGNATURES = {
     "reward_processing_classes=None, callbacks=None, optimizers=(None, None), quantization_config=None, peft_config=None, "
     "tools=None, rollout_func=None, environment_factory=None",
     "_calculate_rewards": "self, inputs, prompts, completions, completion_ids_list",
+    "_finish_current_push": "self",
     "_get_grad_norm": "self, model, grad_norm=None",
     "_get_learning_rate": "self",
     "_get_output_dir": "self, trial",
@@ -560,6 +561,7 @@ SIGNATURES = {
     "_load_from_checkpoint": "self, resume_from_checkpoint, model=None",
     "_load_optimizer_and_scheduler": "self, checkpoint",
     "_prepare_inputs": "self, generation_batch",
+    "_push_from_checkpoint": "self, checkpoint_folder",
     "_save": "self, output_dir=None, state_dict=None",
     "_save_checkpoint": "self, model, trial",
     "_save_rng_state": "self, output_dir",

@@ -1065,7 +1065,7 @@ class EvoLMMTrainer(GRPOTrainer):
         for job in push.jobs:
             if job.exception() is not None:
                 logger.warning("A checkpoint was not pushed to %s: %s", self.hub_model_id, job.exception())
-        shutil.rmtree(Path(self.args.output_dir) / "_push")
+        shutil.rmtree(Path(self.args.output_dir) / "_push", ignore_errors=True)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
