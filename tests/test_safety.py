@@ -19,12 +19,15 @@ import pickle
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_solver import Marker
 from tiny_models import tiny_qwen2_5_vl
 from tiny_trainer import TalkingTrainer, config, image_dataset, lora
+from torch.distributed.fsdp import StateDictType
+from trl import GRPOTrainer
 
 from evolmm_trl import EvoLMMConfig
 
@@ -170,6 +173,25 @@ def test_a_checkpoint_of_all_weights_leads_to_no_other_model(base, adapters, wei
     shutil.copy(adapters / "adapter_config.json", weights)
     with pytest.raises(ValueError, match="holds adapters, but all weights are trained"):
         make(base, weights.parent, None).train(resume_from_checkpoint=str(weights))
+
+
+def test_resuming_where_an_engine_reads_pickles_is_warned_of(base, adapters, monkeypatch, caplog):
+    trainer = make(base, adapters.parent, lora())
+    monkeypatch.setattr(GRPOTrainer, "train", lambda *args, **kwargs: None)  # the engines are not there
+
+    def warned() -> bool:
+        caplog.clear()
+        trainer.train(resume_from_checkpoint=str(adapters))
+        return "are read as pickles, which can run code" in caplog.text
+
+    assert not warned()
+    trainer.is_deepspeed_enabled = True
+    assert warned()
+    trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = False, True
+    for state_dict_type in StateDictType:
+        plugin = SimpleNamespace(state_dict_type=state_dict_type)
+        monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+        assert warned() == (state_dict_type.name == "SHARDED_STATE_DICT")
 
 
 # Secrets

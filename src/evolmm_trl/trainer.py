@@ -29,6 +29,7 @@ import torch
 from accelerate.utils import gather_object, send_to_device, set_seed
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
+from torch.distributed.fsdp import StateDictType
 from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
@@ -437,10 +438,14 @@ class EvoLMMTrainer(GRPOTrainer):
                 )
         elif resume_from_checkpoint:
             check_complete(resume_from_checkpoint)
-        if resume_from_checkpoint and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        sharded = (
+            self.is_fsdp_enabled
+            and self.accelerator.state.fsdp_plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
+        )
+        if resume_from_checkpoint and (self.is_deepspeed_enabled or sharded):
             logger.warning(
-                "DeepSpeed and FSDP read their part of a checkpoint as a pickle, which can run code. Resume only from a "
-                "checkpoint that you wrote."
+                "Checkpoints of DeepSpeed and sharded ones of FSDP are read as pickles, which can run code. Resume only from "
+                "one that you wrote."
             )
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
