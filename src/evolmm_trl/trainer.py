@@ -442,7 +442,7 @@ class EvoLMMTrainer(GRPOTrainer):
             self.is_fsdp_enabled
             and self.accelerator.state.fsdp_plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
         )
-        if resume_from_checkpoint and (self.is_deepspeed_enabled or sharded):
+        if resume_from_checkpoint and (self.is_deepspeed_enabled or sharded) and self.accelerator.is_main_process:
             logger.warning(
                 "Checkpoints of DeepSpeed and sharded ones of FSDP are read as pickles, which can run code. Resume only from "
                 "one that you wrote."
