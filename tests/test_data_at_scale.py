@@ -533,9 +533,9 @@ def test_the_scans_of_a_thumbnail_and_of_what_follows_an_image_are_not_counted()
 def test_the_slowest_image_within_the_limits_takes_seconds():
     file = io.BytesIO()
     Image.new("RGB", (4700, 4700), "red").save(file, "WEBP", lossless=True, method=0)
-    start = time.perf_counter()
+    start = time.process_time()
     decode_image(file.getvalue(), max_pixels=10_000)
-    seconds = (time.perf_counter() - start) * data.MAX_DECODED_PIXELS / 4700**2
+    seconds = (time.process_time() - start) * data.MAX_DECODED_PIXELS / 4700**2
     assert seconds < data.MAX_DECODE_SECONDS / 2  # measured: 6
 
 
