@@ -1,0 +1,627 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+SR2SE from the first stage to the last (Algorithm 2), each stage alone or all at once:
+
+    sft ──► pairs ──► gate ──► dpo ──► final_gate          (a round; the next one starts from its model)
+
+`pairs` writes the preference pairs and, from the same descriptions, the rollouts that `gate` is trained on. The gate is
+fitted again after SR-DPO, since it reads hidden states of a model that has changed.
+"""
+
+import gc
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import PartialState
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from ..processing import load_processor
+from ..prompts import RolePrompts
+from ..role_adapters import keep_adapters_precise, vision_tower, vision_tower_name
+from .early_exit import EarlyExitReasoner, GateRollouts, GateTrainingConfig, train_gate
+from .generation import chat_texts, user_message
+from .refinement import AgreementLabeller, RefinementConfig, build_pairs
+from .rows import Row, read_rows, warn_of
+from .sr_dpo import SRDPOConfig, SRDPOTrainer, decoding_images, load_preferences, without_module
+from .sub_policies import SubPolicies, SubPolicyPrompts
+
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("sft", "pairs", "gate", "dpo", "final_gate")
+
+
+@dataclass
+class SR2SEConfig:
+    """
+    A run of the pipeline. The sections that are dictionaries hold fields of the class that is named.
+
+    Args:
+        model (`str`):
+            Id or path of the base model.
+        output_dir (`str`):
+            Where everything is written.
+        data (`str`):
+            JSONL with `image`, `question` and `answer`; without labels also a folder of images.
+        labels (`bool`, *optional*, defaults to `True`):
+            `False`: the proposer asks where a row has no question, and the majority of the solver's answers stands in for
+            the truth.
+        rounds (`int`, *optional*, defaults to `1`):
+            How often pairs to final_gate are repeated, each round from the model of the last.
+        sft_data (`str`, *optional*):
+            JSONL with `image`, `question` and `answer` to fine-tune on first. Without it the base model is the SFT model.
+        dtype (`str`, *optional*, defaults to `"bfloat16"`):
+            Of the model. Training uses bf16 where it is `"bfloat16"`.
+        attn_implementation (`str`, *optional*):
+            As in `from_pretrained`.
+        lora (`dict`, *optional*):
+            Fields of [`~peft.LoraConfig`], such as `r`. Without it all weights are trained.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether to train LoRA on a base in 4 bits (QLoRA).
+        max_steps (`int`, *optional*, defaults to `5`):
+            K, the most reasoning steps.
+        gate_rows (`int`, *optional*, defaults to `5000`):
+            How many rows the gate is trained on.
+        prompts (`dict`, *optional*):
+            Fields of [`SubPolicyPrompts`].
+        role_prompts (`dict`, *optional*):
+            Fields of [`RolePrompts`], for proposer and solver.
+        generation (`dict`, *optional*):
+            Arguments of [`SubPolicies`], such as `batch_size` and `max_perception_tokens`.
+        labeller (`dict`, *optional*):
+            Arguments of [`AgreementLabeller`], such as `num_answers`.
+        refinement (`dict`, *optional*), gate (`dict`, *optional*):
+            Fields of [`RefinementConfig`] and [`GateTrainingConfig`].
+        sft (`dict`, *optional*), dpo (`dict`, *optional*):
+            Fields of [`~trl.SFTConfig`] and [`SRDPOConfig`].
+        seed (`int`, *optional*, defaults to `42`):
+            Of every stage.
+    """
+
+    model: str
+    output_dir: str
+    data: str
+    labels: bool = True
+    rounds: int = 1
+    sft_data: str | None = None
+    dtype: str = "bfloat16"
+    attn_implementation: str | None = None
+    lora: dict | None = None
+    load_in_4bit: bool = False
+    max_steps: int = 5
+    gate_rows: int = 5000
+    prompts: dict = field(default_factory=dict)
+    role_prompts: dict = field(default_factory=dict)
+    generation: dict = field(default_factory=dict)
+    labeller: dict = field(default_factory=dict)
+    refinement: dict = field(default_factory=dict)
+    gate: dict = field(default_factory=dict)
+    sft: dict = field(default_factory=dict)
+    dpo: dict = field(default_factory=dict)
+    seed: int = 42
+
+    def __post_init__(self):
+        if self.rounds < 1:
+            raise ValueError(f"`rounds` is {self.rounds}; expected at least 1.")
+        if self.load_in_4bit and self.lora is None:
+            raise ValueError("`load_in_4bit` needs `lora`: weights in 4 bits cannot be trained themselves.")
+        for name in ("data", "sft_data"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).exists():
+                raise FileNotFoundError(f"`{name}` is {path!r}, but there is no such file or folder.")
+        # Everything is built once now, so that a wrong name is said before the first stage and not after hours
+        self.sub_policy_prompts()
+        RolePrompts.from_dict(self.role_prompts)
+        for section, make in (
+            ("refinement", self.refinement_config),
+            ("gate", self.gate_config),
+            ("lora", self.lora_config),
+            ("sft", lambda: self.sft_config(Path(self.output_dir))),
+            ("dpo", lambda: self.dpo_config(Path(self.output_dir))),
+            ("generation", lambda: SubPolicies(None, None, **self.generation)),
+            ("labeller", lambda: AgreementLabeller(None, **self.labeller)),
+        ):
+            try:
+                make()
+            except TypeError as error:
+                raise ValueError(f"The section `{section}` is {getattr(self, section)!r}: {error}.") from error
+
+    @classmethod
+    def from_file(cls, path: str | Path, changes: Sequence[str] = ()) -> "SR2SEConfig":
+        """
+        Reads a YAML or JSON file.
+
+        Args:
+            path (`str` or `Path`):
+                The file. JSON in the layout of the authors' `default_config.json` is translated.
+            changes (`Sequence[str]`, *optional*):
+                Values to replace, such as `"dpo.learning_rate=1e-6"`.
+        """
+        values = _floats(yaml.safe_load(Path(path).read_text(encoding="utf-8")))  # JSON is YAML
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds a {type(values).__name__}; expected names and values.")
+        if "hsr_ee" in values or "sr_dpo" in values:
+            values = from_authors_config(values)
+        for change in changes:
+            name, equals, value = change.partition("=")
+            if not equals:
+                raise ValueError(f"Got the change {change!r}; expected name=value, such as dpo.learning_rate=1e-6.")
+            *sections, name = name.split(".")
+            section = values
+            for part in sections:
+                if section.get(part) is None:
+                    section[part] = {}
+                section = section[part]
+            section[name] = _floats(yaml.safe_load(value))
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"Unknown names in {path}: {unknown}. Expected some of {known}.")
+        missing = [name for name in ("model", "output_dir", "data") if name not in values]
+        if missing:
+            raise ValueError(f"{path} lacks {missing}. Add them, or pass them as name=value.")
+        return cls(**values)
+
+    def sub_policy_prompts(self) -> SubPolicyPrompts:
+        return SubPolicyPrompts.from_dict(self.prompts)
+
+    def refinement_config(self) -> RefinementConfig:
+        return RefinementConfig(**{"seed": self.seed, **self.refinement})
+
+    def gate_config(self) -> GateTrainingConfig:
+        return GateTrainingConfig(**{"seed": self.seed, **self.gate})
+
+    def lora_config(self) -> LoraConfig | None:
+        if self.lora is None:
+            return None
+        return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": "all-linear", **self.lora})
+
+    def quantization_config(self) -> BitsAndBytesConfig | None:
+        if not self.load_in_4bit:
+            return None
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, self.dtype),
+        )
+
+    def sft_config(self, folder: Path) -> SFTConfig:
+        """One epoch at 5e-5 in batches of 4 x 4 (authors' code), unless the section `sft` says otherwise."""
+        defaults = {
+            "learning_rate": 5e-5,
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 4,
+            "max_length": 2048,
+        }
+        return SFTConfig(**{**self._training_defaults(folder), **defaults, **self.sft})
+
+    def dpo_config(self, folder: Path) -> SRDPOConfig:
+        return SRDPOConfig(**{**self._training_defaults(folder), **self.dpo})
+
+    def model_kwargs(self) -> dict:
+        return {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
+
+    def _training_defaults(self, folder: Path) -> dict:
+        return {
+            "output_dir": str(folder),
+            "model_init_kwargs": self.model_kwargs(),
+            "bf16": self.dtype == "bfloat16",
+            "report_to": "none",
+            "seed": self.seed,
+        }
+
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def _floats(value):
+    """YAML reads 5e-7 as text; here it is a number."""
+    if isinstance(value, dict):
+        return {name: _floats(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_floats(item) for item in value]
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
+# Names in the authors' default_config.json and ours, by section; a dot leads into a section of ours.
+_AUTHORS_NAMES = {
+    "model": {
+        "model_name_or_path": "model",
+    },
+    "hsr_ee": {
+        "confidence_threshold": "gate.threshold",
+        "max_reasoning_steps": "max_steps",
+        "length_penalty_lambda": "gate.length_penalty",
+        "confidence_head_hidden_dim": "gate.gate_size",
+        "adaptive_threshold": "gate.learn_threshold",
+        "threshold_lr": "gate.threshold_learning_rate",
+    },
+    "ipr": {
+        "max_refinement_iterations": "refinement.max_refinements",
+        "num_samples": "refinement.max_rows",
+    },
+    "sr_dpo": {
+        "beta": "dpo.beta",
+        "learning_rate": "dpo.learning_rate",
+        "batch_size": "dpo.per_device_train_batch_size",
+        "num_epochs": "dpo.num_train_epochs",
+        "gradient_accumulation_steps": "dpo.gradient_accumulation_steps",
+        "max_seq_length": "dpo.max_length",
+        "warmup_ratio": "dpo.warmup_steps",
+        "weight_decay": "dpo.weight_decay",
+        "max_grad_norm": "dpo.max_grad_norm",
+    },
+    "sft": {
+        "num_epochs": "sft.num_train_epochs",
+        "learning_rate": "sft.learning_rate",
+        "batch_size": "sft.per_device_train_batch_size",
+        "gradient_accumulation_steps": "sft.gradient_accumulation_steps",
+        "max_seq_length": "sft.max_length",
+        "dataset_name": "sft_data",
+    },
+}
+# Where things are written and on which device follows from `output_dir` and the launcher here.
+_AUTHORS_UNUSED = {"device_map", "sft_output_dir", "ipr_data_dir", "hsr_ee_output_dir", "sr_dpo_output_dir"}
+_AUTHORS_UNUSED |= {"eval_output_dir", "eval_steps"}
+
+
+def from_authors_config(authors: dict) -> dict:
+    """Translates the layout of the authors' `default_config.json`. A name that is not known raises a `ValueError`."""
+    ours: dict = {}
+    unused = []
+
+    def put(name: str, value) -> None:
+        *sections, name = name.split(".")
+        target = ours
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[name] = value
+
+    for section, content in authors.items():
+        if isinstance(content, dict):
+            names = _AUTHORS_NAMES.get(section, {})
+            for name, value in content.items():
+                if name in names:
+                    put(names[name], value)
+                elif (section, name) == ("model", "bf16"):
+                    put("dtype", "bfloat16" if value else "float32")
+                elif (section, name) == ("model", "use_flash_attention"):
+                    put("attn_implementation", "flash_attention_2" if value else None)
+                elif (section, name) == ("model", "gradient_checkpointing"):
+                    put("sft.gradient_checkpointing", value)
+                    put("dpo.gradient_checkpointing", value)
+                elif (section, name) == ("model", "lora_rank"):
+                    if value:
+                        put("lora.r", value)
+                        put("lora.lora_alpha", content.get("lora_alpha", value))
+                elif (section, name) == ("model", "lora_alpha"):
+                    pass  # with lora_rank
+                elif (section, name) == ("ipr", "refinement_prompt_template"):
+                    # Their code appends the question.
+                    template = value.replace("{perception}", "{description}")
+                    put("prompts.refinement", template + "\nQuestion: {question}")
+                elif (section, name) == ("ipr", "discard_failed_samples"):
+                    if not value:
+                        raise ValueError("discard_failed_samples is false, but a sample without a winner has no pair.")
+                elif name in _AUTHORS_UNUSED:
+                    unused.append(f"{section}.{name}")
+                else:
+                    raise ValueError(f"Unknown name in the authors' layout: {section}.{name}.")
+        elif section in ("logging_steps", "save_steps"):
+            put(f"sft.{section}", content)
+            put(f"dpo.{section}", content)
+        elif section in ("output_dir", "seed", "data"):
+            put(section, content)
+        elif section in _AUTHORS_UNUSED:
+            unused.append(section)
+        else:
+            raise ValueError(f"Unknown name in the authors' layout: {section}.")
+    if unused:
+        logger.warning("Not used here: %s. Everything is written under `output_dir`.", ", ".join(unused))
+    return ours
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stages
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_pipeline(config: SR2SEConfig, stages: Sequence[str] | None = None) -> dict:
+    """
+    Runs the stages that are not done yet.
+
+    Args:
+        config ([`SR2SEConfig`]):
+            The run.
+        stages (`Sequence[str]`, *optional*):
+            Only these, of `STAGES`, in every round. A stage whose forerunner is not done raises a `FileNotFoundError`.
+
+    Returns:
+        `dict`: `model` and `gate`, the paths of the last ones that are there, and each stage's report under
+        `round-1/pairs` and the like. It is written to `output_dir/run.json`.
+    """
+    stages = STAGES if stages is None else stages
+    unknown = sorted(set(stages) - set(STAGES))
+    if unknown:
+        raise ValueError(f"Unknown stages {unknown}. Expected some of {list(STAGES)}.")
+    run = _Run(config)
+    for number in range(1, config.rounds + 1):
+        for stage in STAGES:
+            if stage in stages and (stage != "sft" or (number == 1 and config.sft_data is not None)):
+                run.do(stage, number)
+    return run.summary()
+
+
+class _Run:
+    def __init__(self, config: SR2SEConfig):
+        self.config = config
+        self.folder = Path(config.output_dir)
+        self.state = PartialState()
+
+    def do(self, stage: str, number: int) -> None:
+        marker = self._marker(stage, number)
+        settings = json.loads(json.dumps(self._settings(stage, number)))
+        if marker.is_file():
+            before = json.loads(marker.read_text())["settings"]
+            changed = [name for name in settings if before.get(name) != settings[name]]
+            if changed:
+                raise ValueError(
+                    f"Stage {stage} of round {number} was done with other settings ({', '.join(changed)}). Remove "
+                    f"{marker.parent} to do it again, or choose another `output_dir`."
+                )
+            logger.info("Stage %s of round %d is done.", stage, number)
+            return
+        self.state.print(f"SR2SE, round {number}: {stage}")
+        report = getattr(self, f"_{stage}")(number)
+        gc.collect()
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.write_text(json.dumps({"settings": settings, "report": report}, indent=2) + "\n")
+        self.state.wait_for_everyone()
+
+    def summary(self) -> dict:
+        """What is done, and where its model and gate are."""
+        done = {}
+        last = {"model": self.config.model, "gate": None}
+        for number in range(1, self.config.rounds + 1):
+            for stage in STAGES:
+                if self._marker(stage, number).is_file():
+                    done[f"round-{number}/{stage}"] = json.loads(self._marker(stage, number).read_text())["report"]
+                    folder = self._marker(stage, number).parent
+                    if stage in ("sft", "dpo"):
+                        last["model"] = str(folder / "model")
+                    if stage == "dpo":
+                        last["gate"] = None  # the earlier gate read another model's hidden states
+                    elif stage in ("gate", "final_gate"):
+                        last["gate"] = str(folder / "gate")
+        summary = {**last, "generation": self.config.generation, "dtype": self.config.dtype, "stages": done}
+        if self.state.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "run.json").write_text(json.dumps(summary, indent=2) + "\n")
+        self.state.wait_for_everyone()
+        return summary
+
+    def _marker(self, stage: str, number: int) -> Path:
+        return self.folder / f"round-{number}" / stage / "done.json"
+
+    def _start_model(self, number: int) -> str:
+        """The model that a round starts from."""
+        if number > 1:
+            return str(self._needed("dpo", number - 1) / "model")
+        return str(self._needed("sft", 1) / "model") if self.config.sft_data is not None else self.config.model
+
+    def _needed(self, stage: str, number: int) -> Path:
+        marker = self._marker(stage, number)
+        if not marker.is_file():
+            raise FileNotFoundError(
+                f"Stage {stage} of round {number} is not done yet: there is no {marker}. Run it first."
+            )
+        return marker.parent
+
+    def _settings(self, stage: str, number: int) -> dict:
+        """What the outcome of a stage depends on."""
+        config = self.config
+        names = {
+            "sft": ("model", "sft_data", "lora", "load_in_4bit", "sft"),
+            "pairs": ("data", "labels", "max_steps", "gate_rows", "prompts", "generation", "refinement"),
+            "gate": ("gate",),
+            "dpo": ("prompts", "lora", "load_in_4bit", "dpo"),
+            "final_gate": ("data", "labels", "max_steps", "gate_rows", "prompts", "generation", "refinement", "gate"),
+        }[stage]
+        if not config.labels and stage in ("pairs", "final_gate"):
+            names += ("labeller", "role_prompts")
+        settings = {name: getattr(config, name) for name in (*names, "dtype", "seed")}
+        return settings if stage == "sft" else {**settings, "starts_from": self._start_model(number)}
+
+    # Stages
+
+    def _sft(self, number: int) -> dict:
+        config, folder = self.config, self._marker("sft", number).parent
+        args = config.sft_config(folder / "trainer")
+        processor = load_processor(config.model)
+        dataset, skipped = _sft_dataset(config.sft_data, processor, config.generation)
+        tower = vision_tower_name(config.model, args.trust_remote_code, None)
+        model = config.model
+        if config.lora is None:
+            model = AutoModelForImageTextToText.from_pretrained(config.model, **config.model_kwargs())
+            vision_tower(model)[1].requires_grad_(False)
+            args.model_init_kwargs = None
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            processing_class=processor,
+            quantization_config=config.quantization_config(),
+            peft_config=without_module(config.lora_config(), tower),
+        )
+        if isinstance(trainer.model, PeftModel):
+            keep_adapters_precise(trainer.model)
+        self._train(trainer, config.model, folder)
+        return {"rows": len(dataset), "skipped": skipped, **_last_log(trainer)}
+
+    def _pairs(self, number: int) -> dict:
+        folder = self._marker("pairs", number).parent
+        policies = self._policies(self._start_model(number))
+        return self._build(policies, folder, self.config.refinement_config())
+
+    def _gate(self, number: int) -> dict:
+        rollouts = self._needed("pairs", number) / "rollouts"
+        return self._fit_gate(rollouts, self._marker("gate", number).parent, self._start_model(number))
+
+    def _dpo(self, number: int) -> dict:
+        config, folder = self.config, self._marker("dpo", number).parent
+        pairs = self._needed("pairs", number) / "pairs.jsonl"
+        base = self._start_model(number)
+        processor = load_processor(base)
+        dataset = load_preferences(
+            pairs, processor, config.sub_policy_prompts(), config.generation.get("max_pixels", 1_003_520)
+        )
+        trainer = SRDPOTrainer(
+            model=base,
+            args=config.dpo_config(folder / "trainer"),
+            train_dataset=dataset,
+            processing_class=processor,
+            quantization_config=config.quantization_config(),
+            peft_config=config.lora_config(),
+        )
+        self._train(trainer, base, folder)
+        return {"pairs": len(dataset), **_last_log(trainer)}
+
+    def _final_gate(self, number: int) -> dict:
+        folder, model = self._marker("final_gate", number).parent, str(self._needed("dpo", number) / "model")
+        # As in use: descriptions are decoded greedily. Nothing is refined.
+        config = replace(
+            self.config.refinement_config(),
+            max_refinements=0,
+            temperature=0.0,
+            validation_samples=1,
+            validation_required=1,
+            max_rows=self.config.gate_rows,
+        )
+        self._build(self._policies(model), folder, config)
+        return self._fit_gate(folder / "rollouts", folder, model)
+
+    # What they share
+
+    def _policies(self, model: str) -> SubPolicies:
+        loaded = AutoModelForImageTextToText.from_pretrained(model, **self.config.model_kwargs())
+        return SubPolicies(
+            loaded.to(self.state.device),
+            load_processor(model),
+            self.config.sub_policy_prompts(),
+            **self.config.generation,
+        )
+
+    def _build(self, policies: SubPolicies, folder: Path, config: RefinementConfig) -> dict:
+        labeller = None
+        if not self.config.labels:
+            labeller = AgreementLabeller(
+                policies, RolePrompts.from_dict(self.config.role_prompts), **self.config.labeller
+            )
+        report = build_pairs(
+            policies,
+            self.config.data,
+            folder / "pairs.jsonl",
+            config,
+            labeller=labeller,
+            reasoner=EarlyExitReasoner(policies, max_steps=self.config.max_steps),
+            rollout_folder=folder / "rollouts",
+            rollout_rows=self.config.gate_rows,
+        )
+        return {name: value for name, value in report.items() if name != "settings"}
+
+    def _fit_gate(self, rollouts: Path, folder: Path, model: str) -> dict | None:
+        if not self.state.is_main_process:
+            return None
+        files = sorted(rollouts.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"There are no rollouts in {rollouts}: no row of the data could be used.")
+        gate, report = train_gate(
+            GateRollouts.cat([GateRollouts.load(file) for file in files]), self.config.gate_config()
+        )
+        EarlyExitReasoner.save_gate(folder / "gate", gate, self.config.max_steps, self.config.sub_policy_prompts())
+        return {**report, "model": model}
+
+    def _train(self, trainer, base: str, folder: Path) -> None:
+        """Trains, from the last checkpoint if there is one, and saves a model that stands alone under `folder/model`."""
+        trainer_folder = Path(trainer.args.output_dir)
+        checkpoint = get_last_checkpoint(str(trainer_folder)) if trainer_folder.is_dir() else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if isinstance(trainer.model, PeftModel):
+            trainer.save_model(str(folder / "adapter"))
+            if self.state.is_main_process:
+                # Merged into the base in full precision: a base in 4 bits would round the adapter away.
+                model = AutoModelForImageTextToText.from_pretrained(base, **self.config.model_kwargs())
+                model = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
+                model.save_pretrained(folder / "model")
+                load_processor(base).save_pretrained(folder / "model")
+        else:
+            trainer.save_model(str(folder / "model"))
+        self.state.wait_for_everyone()
+
+
+def _sft_dataset(file: str, processor, generation: dict) -> tuple[Dataset, int]:
+    """Rows of image, question and answer as prompt and completion."""
+    rows, skipped = [], 0
+    for row in read_rows(file, ("question", "answer"), Path(file).parent):
+        if not isinstance(row, Row):
+            warn_of(row, skipped)
+            skipped += 1
+            continue
+        prompt, completion = chat_texts(processor, user_message(row.question, True), row.answer)
+        rows.append({"image": row.image_path, "prompt": prompt, "completion": completion})
+    if not rows:
+        raise ValueError(f"No row of {file} can be used to fine-tune on; {skipped} were skipped.")
+    return decoding_images(Dataset.from_list(rows), generation.get("max_pixels", 1_003_520)), skipped
+
+
+def _last_log(trainer) -> dict:
+    logs = [row for row in trainer.state.log_history if "loss" in row]
+    return {"steps": trainer.state.global_step, "last_log": logs[-1] if logs else None}
+
+
+def load_run(folder: str | Path, batch_size: int | None = None) -> EarlyExitReasoner:
+    """
+    The model of a finished run and its gate, ready to answer.
+
+    Args:
+        folder (`str` or `Path`):
+            The run's `output_dir`.
+        batch_size (`int`, *optional*):
+            Prompts at a time, instead of the run's.
+    """
+    file = Path(folder) / "run.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no {file}: {str(folder)!r} is not the output_dir of a run.")
+    run = json.loads(file.read_text())
+    if run["gate"] is None:
+        raise ValueError(f"The run {str(folder)!r} has no gate for its last model yet. Run its stage final_gate.")
+    model = AutoModelForImageTextToText.from_pretrained(run["model"], dtype=run["dtype"]).to(PartialState().device)
+    generation = {**run["generation"], **({"batch_size": batch_size} if batch_size else {})}
+    return EarlyExitReasoner.from_pretrained(run["gate"], model, load_processor(run["model"]), **generation)

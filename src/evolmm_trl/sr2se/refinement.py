@@ -1,0 +1,626 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Iterative perception refinement (IPR, Algorithm 3 of SR2SE): pairs of a corrected and a failed description.
+
+    row ──► describe ──► does text alone answer rightly? ──no──► look again, at most N_max times ──► pair or nothing
+
+Without labels the proposer asks, and the majority of N solver answers stands in for the truth.
+"""
+
+import itertools
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
+
+from ..answers import canonical_answer
+from ..data import UnreadableImageError
+from ..prompts import RolePrompts, read_answer, read_question
+from ..voting import Vote, vote
+from .early_exit import EarlyExitReasoner, is_right
+from .generation import generate, seed_of
+from .rows import BadRow, Row, read_rows, warn_of
+from .sub_policies import SubPolicies, answer_of
+
+
+@dataclass
+class RefinementConfig:
+    """
+    How preference pairs are made.
+
+    Args:
+        max_refinements (`int`, *optional*, defaults to `2`):
+            N_max (paper); 0 makes no pairs, only the rollouts for a gate.
+        temperature (`float`, *optional*, defaults to `0.7`):
+            Of descriptions and refinements (authors' code); 0 decodes greedily.
+        validation_samples (`int`, *optional*, defaults to `1`):
+            Answers from text that a description is judged by. One is decoded greedily, so that a lucky sample cannot
+            make a winner; more are sampled at `temperature`.
+        validation_required (`int`, *optional*, defaults to `1`):
+            How many of them must be right.
+        answer_leak (`str`, *optional*, defaults to `"contains"`):
+            Which winners are rejected for stating the answer. `"contains"`: those in which it occurs at all.
+            `"declared"`: those that give it as the answer; take it where a description cannot but contain the answer,
+            as in questions about one value that is read off.
+        min_agreement (`float`, *optional*, defaults to `0.8`):
+            Without labels, the share of the majority among the N answers from which on it stands in for the truth.
+        max_rows (`int`, *optional*):
+            How many rows of the source to take.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Rows at a time. What is done can be resumed, and is spread over processes, by such batches.
+        seed (`int`, *optional*, defaults to `42`):
+            Of all sampling; the pairs do not depend on the number of processes.
+    """
+
+    max_refinements: int = 2
+    temperature: float = 0.7
+    validation_samples: int = 1
+    validation_required: int = 1
+    answer_leak: str = "contains"
+    min_agreement: float = 0.8
+    max_rows: int | None = None
+    batch_size: int = 32
+    seed: int = 42
+
+    def __post_init__(self):
+        if not 1 <= self.validation_required <= self.validation_samples:
+            raise ValueError(
+                f"`validation_required` is {self.validation_required} of {self.validation_samples} "
+                "`validation_samples`; expected at least 1 and at most all of them."
+            )
+        if self.validation_samples > 1 and self.temperature == 0:
+            raise ValueError(
+                "`validation_samples` above 1 needs a `temperature` above 0: greedy answers are all the same."
+            )
+        if self.answer_leak not in ("contains", "declared"):
+            raise ValueError(f"`answer_leak` is {self.answer_leak!r}; expected 'contains' or 'declared'.")
+        if self.max_refinements < 0:
+            raise ValueError(f"`max_refinements` is {self.max_refinements}; expected 0 or more.")
+
+
+class AgreementLabeller:
+    """
+    What stands in for labels: the model as proposer asks, and as solver answers N times; see EvoLMM.
+
+    Args:
+        policies ([`SubPolicies`]):
+            Gives the model, its processor and the size of batches and images.
+        prompts ([`RolePrompts`], *optional*):
+            The prompts of both roles.
+        num_answers (`int`, *optional*, defaults to `5`):
+            N.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Of questions and answers.
+        max_question_tokens (`int`, *optional*, defaults to `128`), max_answer_tokens (`int`, *optional*, defaults to `128`):
+            Longest completions.
+    """
+
+    def __init__(
+        self,
+        policies: SubPolicies,
+        prompts: RolePrompts | None = None,
+        num_answers: int = 5,
+        temperature: float = 1.0,
+        max_question_tokens: int = 128,
+        max_answer_tokens: int = 128,
+    ):
+        self.policies = policies
+        self.prompts = prompts or RolePrompts()
+        self.num_answers = num_answers
+        self.temperature = temperature
+        self.max_question_tokens = max_question_tokens
+        self.max_answer_tokens = max_answer_tokens
+
+    def settings(self) -> dict:
+        """What the labels depend on beside the model."""
+        names = ("num_answers", "temperature", "max_question_tokens", "max_answer_tokens")
+        return {"prompts": asdict(self.prompts), **{name: getattr(self, name) for name in names}}
+
+    def ask(self, images: Sequence, seed: int) -> list[str | None]:
+        """A question about each image; `None` where the model wrote none that is well formed."""
+        conversations = [self.prompts.proposer_messages() for _ in images]
+        groups = self._generate(conversations, images, self.max_question_tokens, 1, seed)
+        special_tokens = self.policies.processor.tokenizer.all_special_tokens
+        read = [read_question(group[0].text, self.prompts.default_question, special_tokens) for group in groups]
+        return [question.text if question.well_formed else None for question in read]
+
+    def vote(self, images: Sequence, questions: Sequence[str], seed: int) -> list[Vote]:
+        """The vote of N answers to each question."""
+        conversations = [self.prompts.solver_messages(self.policies.clean(question)) for question in questions]
+        groups = self._generate(conversations, images, self.max_answer_tokens, self.num_answers, seed)
+        return [vote([canonical_answer(answer_of(completion)) for completion in group]) for group in groups]
+
+    def _generate(self, conversations, images, max_new_tokens, samples, seed):
+        return generate(
+            self.policies.model,
+            self.policies.processor,
+            conversations,
+            [self.policies.image(image) for image in images],
+            max_new_tokens=max_new_tokens,
+            samples=samples,
+            temperature=self.temperature,
+            seed=seed,
+            batch_size=self.policies.batch_size,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One batch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_valid(
+    policies: SubPolicies,
+    questions: Sequence[str],
+    descriptions: Sequence[str],
+    truths: Sequence[str],
+    config: RefinementConfig,
+    seed: int,
+) -> list[bool]:
+    """
+    Whether each description suffices: Valid(c) = 1[pi_text(Q, c) = a_gt] (Eq. 26), answered greedily, or by
+    `validation_required` of `validation_samples` answers. Answers are compared in canonical form.
+    """
+    samples = config.validation_samples
+    groups = policies.answer_from_text(
+        questions, descriptions, samples=samples, temperature=config.temperature if samples > 1 else 0.0, seed=seed
+    )
+    return [
+        sum(is_right(answer_of(completion), truth) for completion in group) >= config.validation_required
+        for group, truth in zip(groups, truths, strict=True)
+    ]
+
+
+_SENTENCE_END = re.compile(r"(?<=[.!?;:])\s+|\n+")
+_ANSWER_WORD = re.compile(r"\banswer\b", re.IGNORECASE)
+# To contain one of these words says nothing: "no", "A bird".
+_COMMON = {"yes", "no", "true", "false"}
+
+
+def states_answer(description: str, answer: str, rule: str = "contains") -> bool:
+    """
+    Whether a description gives the answer away.
+
+    Args:
+        description (`str`), answer (`str`):
+            The description and the true answer.
+        rule (`str`, *optional*, defaults to `"contains"`):
+            `"declared"`: it has answer tags, or a sentence is the answer, or has it behind the word "answer".
+            `"contains"`: also if the answer occurs anywhere, as whole words and in canonical form. Option letters, yes,
+            no, true and false must be declared in either case.
+    """
+    truth = canonical_answer(answer)
+    if read_answer(description).text is not None:
+        return True
+    longest = len(answer.split())
+    for sentence in _SENTENCE_END.split(description):
+        if canonical_answer(sentence) == truth:
+            return True
+        word = _ANSWER_WORD.search(sentence)
+        if word and _occurs(truth, sentence[word.end() :], longest):
+            return True
+    weak = truth in _COMMON or re.fullmatch(r"[a-z]", truth)
+    return rule == "contains" and not weak and _occurs(truth, description, longest)
+
+
+def _occurs(truth: str, text: str, longest: int) -> bool:
+    words = text.split()
+    return any(
+        canonical_answer(" ".join(words[start : start + size])) == truth
+        for size in range(1, longest + 1)
+        for start in range(len(words) - size + 1)
+    )
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A row with a question and what counts as the truth."""
+
+    row: Row
+    image: object
+    question: str
+    truth: str
+
+
+class PairMaker:
+    """
+    Algorithm 3 for batches of rows.
+
+    Args:
+        policies ([`SubPolicies`]):
+            The model's sub-policies.
+        config ([`RefinementConfig`], *optional*):
+            The settings.
+        labeller ([`AgreementLabeller`], *optional*):
+            Asks and votes in the place of labels; with it the rows' answers are only compared with.
+        reasoner ([`EarlyExitReasoner`], *optional*):
+            Reasons on from the same descriptions, for rollouts to train its gate on.
+    """
+
+    def __init__(
+        self,
+        policies: SubPolicies,
+        config: RefinementConfig | None = None,
+        labeller: AgreementLabeller | None = None,
+        reasoner: EarlyExitReasoner | None = None,
+    ):
+        self.policies = policies
+        self.config = config or RefinementConfig()
+        self.labeller = labeller
+        self.reasoner = reasoner
+
+    def __call__(self, rows: Iterable[Row | BadRow], batch: int, roll_out: bool = False):
+        """
+        The pairs of one batch.
+
+        Args:
+            rows (`Iterable[Row or BadRow]`):
+                The rows.
+            batch (`int`):
+                The batch's number, for its seeds.
+            roll_out (`bool`, *optional*, defaults to `False`):
+                Whether to make the gate's rollouts as well.
+
+        Returns:
+            `tuple[list[dict], Counter, list[BadRow], GateRollouts or None]`: records of `index` and the pair, what was
+            counted, the rows that were skipped, and the rollouts.
+        """
+        counts, skipped = Counter(), []
+        samples = self._samples(rows, batch, counts, skipped)
+        if not samples:
+            return [], counts, skipped, None
+        images = [sample.image for sample in samples]
+        questions = [sample.question for sample in samples]
+        truths = [sample.truth for sample in samples]
+        config = self.config
+
+        first = self.policies.perceive(images, questions, config.temperature, self._seed("perceive", batch))
+        valid = self._valid(samples, first, batch, 0)
+        counts["considered"] += len(samples)
+        counts["initially_right"] += sum(valid)
+        rollouts = None
+        if roll_out:
+            rollouts = self.reasoner.roll_out(questions, truths, [c.text for c in first], valid)
+
+        pairs = []
+        latest = list(first)
+        active = [i for i in range(len(samples)) if not valid[i]]
+        for iteration in range(1, config.max_refinements + 1):
+            if not active:
+                break
+            refined = self.policies.refine(
+                [images[i] for i in active],
+                [questions[i] for i in active],
+                [latest[i].text for i in active],
+                config.temperature,
+                self._seed("refine", batch, iteration),
+            )
+            for i, completion in zip(active, refined, strict=True):
+                latest[i] = completion
+            valid = self._valid([samples[i] for i in active], refined, batch, iteration)
+            winners = [i for i, ok in zip(active, valid, strict=True) if ok]
+            active = [i for i in active if i not in set(winners)]
+            for i in winners:
+                counts[f"refined_at_{iteration}"] += 1
+                if states_answer(latest[i].text, truths[i], config.answer_leak):
+                    counts["states_answer"] += 1
+                    continue
+                # The loser is always the first description.
+                counts["pairs"] += 1
+                counts["chosen_tokens"] += latest[i].tokens
+                counts["rejected_tokens"] += first[i].tokens
+                counts["chosen_longer"] += latest[i].tokens > first[i].tokens
+                counts["rejected_longer"] += latest[i].tokens < first[i].tokens
+                pairs.append(
+                    {
+                        "index": samples[i].row.index,
+                        "image_path": samples[i].row.image_path,
+                        "question": questions[i],
+                        "ground_truth": truths[i],
+                        "chosen": latest[i].text,
+                        "rejected": first[i].text,
+                        "iteration": iteration,
+                    }
+                )
+        counts["discarded"] += len(active)
+        return pairs, counts, skipped, rollouts
+
+    def _samples(self, rows, batch, counts, skipped) -> list[_Sample]:
+        samples = []
+        for row in rows:
+            counts["rows"] += 1
+            if isinstance(row, Row):
+                try:
+                    samples.append(_Sample(row, self.policies.image(row.image_path), row.question, row.answer))
+                    continue
+                except UnreadableImageError as error:
+                    row = BadRow(row.index, row.image_path, f"unreadable image: {error.reason}")
+            skipped.append(row)
+        return samples if self.labeller is None else self._label(samples, batch, counts)
+
+    def _label(self, samples: list[_Sample], batch: int, counts: Counter) -> list[_Sample]:
+        """The samples for which the majority agrees, with its answer as the truth."""
+        to_ask = [i for i, sample in enumerate(samples) if sample.question is None]
+        asked = dict.fromkeys(range(len(samples)))
+        if to_ask:
+            questions = self.labeller.ask([samples[i].image for i in to_ask], self._seed("ask", batch))
+            asked.update(zip(to_ask, questions, strict=True))
+        counts["asked"] += len(to_ask)
+        samples = [
+            _Sample(sample.row, sample.image, sample.question or asked[i], sample.truth)
+            for i, sample in enumerate(samples)
+            if sample.question or asked[i]
+        ]
+        counts["no_question"] += len(asked) - len(samples)
+        if not samples:
+            return []
+        votes = self.labeller.vote(
+            [sample.image for sample in samples], [sample.question for sample in samples], self._seed("vote", batch)
+        )
+        kept = []
+        for sample, counted in zip(samples, votes, strict=True):
+            if counted.majority is None or counted.agreement < self.config.min_agreement:
+                counts["below_agreement"] += 1
+                continue
+            if sample.truth is not None and sample.row.question is not None:
+                counts["stand_ins_checked"] += 1
+                counts["stand_ins_right"] += counted.majority == canonical_answer(sample.truth)
+            kept.append(_Sample(sample.row, sample.image, sample.question, counted.majority))
+        return kept
+
+    def _valid(self, samples, completions, batch, iteration) -> list[bool]:
+        return is_valid(
+            self.policies,
+            [sample.question for sample in samples],
+            [completion.text for completion in completions],
+            [sample.truth for sample in samples],
+            self.config,
+            self._seed("validate", batch, iteration),
+        )
+
+    def _seed(self, *key: str | int) -> int:
+        return seed_of(self.config.seed, *key)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole source: resumable, streaming, spread over processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_pairs(
+    policies: SubPolicies,
+    source: "str | Path | Dataset | IterableDataset",
+    output: str | Path,
+    config: RefinementConfig | None = None,
+    labeller: AgreementLabeller | None = None,
+    reasoner: EarlyExitReasoner | None = None,
+    rollout_folder: str | Path | None = None,
+    rollout_rows: int = 5000,
+) -> dict:
+    """
+    Writes the preference pairs of a source, one JSON object per line with `image_path`, `question`, `ground_truth`,
+    `chosen`, `rejected` and `iteration`, and a report beside them.
+
+    Started under `torchrun` or `accelerate launch`, the processes share the work; the pairs are the same for any number
+    of them. A run that was stopped goes on where it was: the same call does not repeat finished batches, and returns at
+    once if all is done.
+
+    Args:
+        policies ([`SubPolicies`]):
+            The model's sub-policies.
+        source (`str`, `Path`, [`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            JSONL with `image`, `question` and `answer`, a folder of images, or a dataset; see [`read_rows`]. Read as a
+            stream.
+        output (`str` or `Path`):
+            The JSONL file to write; its report is `<output>.report.json`.
+        config ([`RefinementConfig`], *optional*):
+            The settings.
+        labeller ([`AgreementLabeller`], *optional*):
+            Pass one to do without labels. A row's own question is used, and its own answer compared with.
+        reasoner ([`EarlyExitReasoner`], *optional*), rollout_folder (`str` or `Path`, *optional*):
+            Pass both to reason on from the same descriptions and to write what a gate is trained on.
+        rollout_rows (`int`, *optional*, defaults to `5000`):
+            How many of the first rows are reasoned on.
+
+    Returns:
+        `dict`: the report. `pair_yield` is pairs per usable row, `recovered` pairs per row whose first description
+        failed.
+    """
+    config = config or RefinementConfig()
+    output = Path(output)
+    state = PartialState()
+    report_file = output.with_name(output.name + ".report.json")
+    settings = {
+        "config": asdict(config),
+        "prompts": policies.prompts.to_dict(),
+        "labeller": labeller.settings() if labeller else None,
+        "rollout_rows": rollout_rows if reasoner else 0,
+        "source": str(source) if isinstance(source, (str, Path)) else "dataset",
+    }
+    if report_file.is_file():
+        report = json.loads(report_file.read_text())
+        _check_settings(report["settings"], settings, report_file)
+        return report
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _check_parts(output, state.num_processes)
+    state.wait_for_everyone()
+
+    needed = () if labeller else ("question", "answer")
+    rows = read_rows(source, needed, output.parent / "images")
+    if config.max_rows is not None:
+        rows = itertools.takewhile(lambda row: row.index < config.max_rows, rows)
+    maker = PairMaker(policies, config, labeller, reasoner)
+    part = _Part(output, state.process_index, state.num_processes, settings)
+    bar = tqdm(desc="pairs", unit="row", total=config.max_rows or _length(source), disable=not state.is_main_process)
+    with part.open():
+        for batch, group in _batches(rows, config.batch_size):
+            size = len(group)
+            bar.update(size)
+            if batch % state.num_processes != state.process_index or batch < part.next_batch:
+                continue
+            roll_out = reasoner is not None and batch * config.batch_size < rollout_rows
+            pairs, counts, skipped, rollouts = maker(group, batch, roll_out)
+            if rollouts is not None:
+                Path(rollout_folder).mkdir(parents=True, exist_ok=True)
+                rollouts.save(Path(rollout_folder) / f"{batch:08d}.safetensors")
+            part.finish(batch, pairs, counts, skipped)
+            bar.set_postfix(pairs=part.counts["pairs"], refresh=False)
+    bar.close()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _merge(output, report_file, state.num_processes, settings)
+    state.wait_for_everyone()
+    return json.loads(report_file.read_text())
+
+
+def _length(source) -> int | None:
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if path.is_dir():
+            return None
+        with open(path, "rb") as file:
+            return sum(1 for line in file if line.strip())
+    return len(source) if isinstance(source, Dataset) else None
+
+
+def _batches(rows: Iterator[Row | BadRow], size: int) -> Iterator[tuple[int, list[Row | BadRow]]]:
+    """Rows by the number of their batch, which depends on their place in the source alone."""
+    number, group = 0, []
+    for row in rows:
+        if row.index // size != number:
+            if group:
+                yield number, group
+            number, group = row.index // size, []
+        group.append(row)
+    if group:
+        yield number, group
+
+
+class _Part:
+    """One process's pairs so far. The state names how much of the file is valid, and is replaced as a whole."""
+
+    def __init__(self, output: Path, rank: int, processes: int, settings: dict):
+        self.file = _part_file(output, rank, processes)
+        self.state_file = self.file.with_suffix(".state.json")
+        self.settings = settings
+        self.next_batch, self.bytes, self.counts, self.skipped = 0, 0, Counter(), []
+        if self.state_file.is_file():
+            state = json.loads(self.state_file.read_text())
+            _check_settings(state["settings"], settings, self.state_file)
+            self.next_batch, self.bytes = state["next_batch"], state["bytes"]
+            self.counts, self.skipped = Counter(state["counts"]), state["skipped"]
+
+    @contextmanager
+    def open(self):
+        with open(self.file, "ab") as self.handle:
+            self.handle.truncate(self.bytes)
+            self.save()
+            yield
+
+    def finish(self, batch: int, pairs: list[dict], counts: Counter, skipped: list[BadRow]) -> None:
+        for bad in skipped:
+            warn_of(bad, len(self.skipped))
+            self.skipped.append([bad.index, bad.where, bad.reason])
+        self.counts.update(counts)
+        for pair in pairs:
+            self.handle.write(json.dumps(pair, ensure_ascii=False).encode() + b"\n")
+        self.handle.flush()
+        os.fsync(self.handle.fileno())
+        self.next_batch, self.bytes = batch + 1, self.handle.tell()
+        self.save()
+
+    def save(self) -> None:
+        names = ("settings", "next_batch", "bytes", "counts", "skipped")
+        _write(self.state_file, {name: getattr(self, name) for name in names})
+
+
+def _part_file(output: Path, rank: int, processes: int) -> Path:
+    return output.with_name(f"{output.stem}.part-{rank}-of-{processes}.jsonl")
+
+
+def _check_parts(output: Path, processes: int) -> None:
+    for file in output.parent.glob(f"{output.stem}.part-*-of-*.jsonl"):
+        if not file.stem.endswith(f"-of-{processes}"):
+            raise ValueError(
+                f"{file} was begun by another number of processes than the {processes} of this run. Go on with as many, "
+                f"or remove {output.stem}.part-* to begin anew."
+            )
+
+
+def _check_settings(before: dict, now: dict, file: Path) -> None:
+    changed = [name for name in now if before.get(name) != json.loads(json.dumps(now[name]))]
+    if changed:
+        raise ValueError(
+            f"{file} was made with other settings ({', '.join(changed)}). Use the same ones to go on, or remove it and "
+            "its pairs, or choose another output."
+        )
+
+
+def _merge(output: Path, report_file: Path, processes: int, settings: dict) -> None:
+    """One file in the order of the source, and the report."""
+    parts = [_Part(output, rank, processes, settings) for rank in range(processes)]
+    pairs = [json.loads(line) for part in parts for line in part.file.read_bytes()[: part.bytes].splitlines()]
+    temporary = output.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for pair in sorted(pairs, key=lambda pair: pair.pop("index")):
+            file.write(json.dumps(pair, ensure_ascii=False) + "\n")
+    os.replace(temporary, output)
+    counts = sum((part.counts for part in parts), Counter())
+    skipped = sorted(bad for part in parts for bad in part.skipped)
+    _write(report_file, _report(counts, skipped, settings))
+    for part in parts:
+        part.file.unlink()
+        part.state_file.unlink()
+
+
+def _report(counts: Counter, skipped: list, settings: dict) -> dict:
+    def share(part: str, whole: float) -> float | None:
+        return counts[part] / whole if whole else None
+
+    usable = counts["rows"] - len(skipped)
+    names = ("rows", "considered", "initially_right", "discarded", "states_answer", "pairs")
+    report = {name: counts[name] for name in names}
+    report |= {
+        "skipped": dict(Counter(reason for _, _, reason in skipped)),
+        "skipped_rows": [f"{where}: {reason}" for _, where, reason in skipped[:100]],
+        "refined_by_iteration": {
+            str(i): counts[f"refined_at_{i}"] for i in range(1, settings["config"]["max_refinements"] + 1)
+        },
+        "pair_yield": share("pairs", usable),
+        "recovered": share("pairs", counts["considered"] - counts["initially_right"]),
+        "mean_chosen_tokens": share("chosen_tokens", counts["pairs"]),
+        "mean_rejected_tokens": share("rejected_tokens", counts["pairs"]),
+        "chosen_longer": share("chosen_longer", counts["pairs"]),
+        "rejected_longer": share("rejected_longer", counts["pairs"]),
+    }
+    if settings["labeller"] is not None:
+        names = ("asked", "no_question", "below_agreement", "stand_ins_checked", "stand_ins_right")
+        report |= {name: counts[name] for name in names}
+        report["stand_in_accuracy"] = share("stand_ins_right", counts["stand_ins_checked"])
+    return {**report, "settings": settings}
+
+
+def _write(file: Path, content: dict) -> None:
+    temporary = file.with_suffix(file.suffix + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
