@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from accelerate import PartialState
 from PIL import Image
 from transformers import GenerationConfig
 
@@ -42,6 +43,11 @@ class Completion:
     text: str
     tokens: int
     hidden: torch.Tensor | None = None
+
+
+def process_state() -> PartialState:
+    """The processes of this run, launched or not, and this one's device; without an accelerator they talk over gloo."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def seed_of(*key: str | int) -> int:

@@ -31,7 +31,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
@@ -42,7 +41,7 @@ from ..processing import load_processor
 from ..prompts import RolePrompts
 from ..role_adapters import keep_adapters_precise, vision_tower, vision_tower_name
 from .early_exit import EarlyExitReasoner, GateRollouts, GateTrainingConfig, train_gate
-from .generation import chat_texts, user_message
+from .generation import chat_texts, process_state, user_message
 from .refinement import AgreementLabeller, RefinementConfig, build_pairs
 from .rows import Row, read_rows, warn_of
 from .sr_dpo import SRDPOConfig, SRDPOTrainer, decoding_images, load_preferences, without_module
@@ -381,7 +380,7 @@ class _Run:
     def __init__(self, config: SR2SEConfig):
         self.config = config
         self.folder = Path(config.output_dir)
-        self.state = PartialState()
+        self.state = process_state()
 
     def do(self, stage: str, number: int) -> None:
         marker = self._marker(stage, number)
@@ -622,6 +621,6 @@ def load_run(folder: str | Path, batch_size: int | None = None) -> EarlyExitReas
     run = json.loads(file.read_text())
     if run["gate"] is None:
         raise ValueError(f"The run {str(folder)!r} has no gate for its last model yet. Run its stage final_gate.")
-    model = AutoModelForImageTextToText.from_pretrained(run["model"], dtype=run["dtype"]).to(PartialState().device)
+    model = AutoModelForImageTextToText.from_pretrained(run["model"], dtype=run["dtype"]).to(process_state().device)
     generation = {**run["generation"], **({"batch_size": batch_size} if batch_size else {})}
     return EarlyExitReasoner.from_pretrained(run["gate"], model, load_processor(run["model"]), **generation)

@@ -29,7 +29,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
@@ -38,7 +37,7 @@ from ..data import UnreadableImageError
 from ..prompts import RolePrompts, read_answer, read_question
 from ..voting import Vote, vote
 from .early_exit import EarlyExitReasoner, is_right
-from .generation import generate, seed_of
+from .generation import generate, process_state, seed_of
 from .rows import BadRow, Row, read_rows, warn_of
 from .sub_policies import SubPolicies, answer_of
 
@@ -448,7 +447,7 @@ def build_pairs(
     """
     config = config or RefinementConfig()
     output = Path(output)
-    state = PartialState()
+    state = process_state()
     report_file = output.with_name(output.name + ".report.json")
     settings = {
         "config": asdict(config),

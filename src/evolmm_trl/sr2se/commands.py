@@ -1,0 +1,132 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""`evolmm sr2se run` and `evolmm sr2se answer`."""
+
+import argparse
+import json
+import sys
+
+
+def add_commands(subparsers) -> None:
+    """Adds `sr2se` and its two commands to a parser."""
+    sr2se = subparsers.add_parser("sr2se", help="early exit, perception refinement and SR-DPO")
+    commands = sr2se.add_subparsers(required=True, metavar="command")
+
+    run = commands.add_parser("run", help="run the pipeline, or some of its stages")
+    run.add_argument("config", help="YAML, or JSON in the same or the authors' layout")
+    run.add_argument("--stage", action="append", help="only this stage; may be repeated")
+    run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="such as dpo.learning_rate=1e-6")
+    run.set_defaults(run=_run)
+
+    answer = commands.add_parser("answer", help="answer questions with early exit")
+    answer.add_argument("folder", help="the output_dir of a run")
+    answer.add_argument("--image", help="one image")
+    answer.add_argument("--question", help="the question about it")
+    answer.add_argument("--input", help="JSONL with image and question, and answer to be compared with")
+    answer.add_argument("--output", help="JSONL to write")
+    answer.add_argument("--batch_size", type=int, help="prompts at a time")
+    answer.set_defaults(run=_answer)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from .pipeline import SR2SEConfig, run_pipeline
+
+    summary = run_pipeline(SR2SEConfig.from_file(arguments.config, arguments.set), arguments.stage)
+    print(json.dumps(summary, indent=2))
+    return 0
+
+
+def _answer(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from .pipeline import load_run
+
+    single, many = (arguments.image, arguments.question), (arguments.input, arguments.output)
+    if (None in single) == (None in many) or any(single) == any(many):
+        sys.exit("Give --image and --question, or --input and --output.")
+    reasoner = load_run(arguments.folder, arguments.batch_size)
+    if arguments.image is not None:
+        print(json.dumps(asdict(reasoner.generate(arguments.image, arguments.question)), indent=2))
+        return 0
+    print(json.dumps(answer_file(reasoner, arguments.input, arguments.output), indent=2))
+    return 0
+
+
+def answer_file(reasoner, source: str, output: str) -> dict:
+    """
+    Answers every row of a JSONL file; what cannot be used is skipped, counted and named.
+
+    Args:
+        reasoner ([`~evolmm_trl.sr2se.EarlyExitReasoner`]):
+            Answers.
+        source (`str`):
+            JSONL with `image` and `question`, and `answer` where there is one.
+        output (`str`):
+            JSONL with `image_path`, `question`, `answer`, `description`, `steps`, `scores`, `tokens`.
+
+    Returns:
+        `dict`: rows answered and skipped, mean steps and tokens, and the accuracy on rows with an answer.
+    """
+    from pathlib import Path
+
+    from ..data import UnreadableImageError
+    from .early_exit import is_right
+    from .rows import BadRow, Row, read_rows, warn_of
+
+    group, right, totals = [], [], {"answered": 0, "skipped": 0, "steps": 0, "tokens": 0}
+
+    def flush(file) -> None:
+        if not group:
+            return
+        rows, images = zip(*group, strict=True)
+        for row, result in zip(rows, reasoner.generate(images, [row.question for row in rows]), strict=True):
+            record = {
+                "image_path": row.image_path,
+                "question": row.question,
+                "answer": result.answer,
+                "description": result.description,
+                "steps": result.steps,
+                "scores": [round(score, 4) for score in result.scores],
+                "tokens": result.tokens,
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            totals["answered"] += 1
+            totals["steps"] += len(result.steps)
+            totals["tokens"] += result.tokens
+            if row.answer is not None:
+                right.append(is_right(result.answer, row.answer))
+        group.clear()
+
+    with open(output, "w", encoding="utf-8") as file:
+        for row in read_rows(source, ("question",), Path(output).parent / "images"):
+            if isinstance(row, Row):
+                try:
+                    group.append((row, reasoner.policies.image(row.image_path)))
+                except UnreadableImageError as error:
+                    row = BadRow(row.index, row.image_path, f"unreadable image: {error.reason}")
+            if isinstance(row, BadRow):
+                warn_of(row, totals["skipped"])
+                totals["skipped"] += 1
+            if len(group) == 4 * reasoner.policies.batch_size:
+                flush(file)
+        flush(file)
+    answered = max(totals["answered"], 1)
+    return {
+        "answered": totals["answered"],
+        "skipped": totals["skipped"],
+        "mean_steps": totals["steps"] / answered,
+        "mean_tokens": totals["tokens"] / answered,
+        "accuracy": sum(right) / len(right) if right else None,
+    }

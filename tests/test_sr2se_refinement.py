@@ -1,0 +1,388 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from charts import VAL_SEEDS, chart, labelled_questions
+from datasets import Dataset, Image
+from demo import load_model
+
+from evolmm_trl import RolePrompts
+from evolmm_trl.sr2se import (
+    AgreementLabeller,
+    EarlyExitReasoner,
+    GateRollouts,
+    RefinementConfig,
+    SubPolicies,
+    SubPolicyPrompts,
+    build_pairs,
+)
+from evolmm_trl.sr2se.generation import Completion
+from evolmm_trl.sr2se.refinement import PairMaker, is_valid, states_answer
+from evolmm_trl.sr2se.rows import BadRow, Row, read_rows
+
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "examples" / "demo"
+PROMPTS = SubPolicyPrompts(**json.loads((DEMO / "sr2se_prompts.json").read_text()))
+ROLE_PROMPTS = RolePrompts(**json.loads((DEMO / "prompts.json").read_text()))
+SIZES = {"max_perception_tokens": 24, "max_step_tokens": 24, "max_answer_tokens": 6, "batch_size": 64}
+
+
+@pytest.fixture(scope="module")
+def policies():
+    return SubPolicies(*load_model(DEMO / "models" / "sr2se"), PROMPTS, **SIZES)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """40 labelled questions about charts, as a JSONL file beside its images."""
+    return write_charts(tmp_path / "charts", 40)
+
+
+def write_charts(folder: Path, n: int) -> Path:
+    folder.mkdir(parents=True)
+    with open(folder / "data.jsonl", "w") as file:
+        for i, row in enumerate(labelled_questions(VAL_SEEDS[:n])):
+            row["image"].save(folder / f"{i:03d}.png")
+            file.write(
+                json.dumps({"image": f"{i:03d}.png", "question": row["question"], "answer": row["answer"]}) + "\n"
+            )
+    return folder / "data.jsonl"
+
+
+def read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# Algorithm 3
+
+
+class Scripted(SubPolicies):
+    """Policies whose looks at an image and answers are given: question -> descriptions, description -> answer."""
+
+    def __init__(self, processor, looks: dict[str, list[str]], answers: dict[str, str]):
+        super().__init__(None, processor, PROMPTS)
+        self.looks, self.answers, self.refined = looks, answers, []
+
+    def perceive(self, images, questions, temperature=0.0, seed=None):
+        return [Completion(self.looks[question][0], 3) for question in questions]
+
+    def refine(self, images, questions, descriptions, temperature=0.0, seed=None):
+        self.refined.append(list(zip(questions, descriptions, strict=True)))
+        nexts = [self.looks[q][self.looks[q].index(d) + 1] for q, d in zip(questions, descriptions, strict=True)]
+        return [Completion(text, 5) for text in nexts]
+
+    def answer_from_text(self, questions, descriptions, samples=1, temperature=0.0, seed=None):
+        assert samples > 1 or temperature == 0
+        return [[Completion(f"<answer>{self.answers[d]}</answer>", 1)] * samples for d in descriptions]
+
+
+LOOKS = {"q0": ["r0", "-", "-"], "q1": ["w1", "r1", "-"], "q2": ["w2", "w2b", "r2"], "q3": ["w3", "w3b", "w3c"]}
+ANSWERS = {look: "7" if look.startswith("r") else "17" for looks in LOOKS.values() for look in looks}
+
+
+@pytest.fixture
+def rows(data):
+    image = str(data.parent / "000.png")
+    return [Row(i, image, f"q{i}", "7") for i in range(4)]
+
+
+def make(policies, rows, looks=LOOKS, answers=ANSWERS, **config):
+    scripted = Scripted(policies.processor, looks, answers)
+    pairs, counts, skipped, _ = PairMaker(scripted, RefinementConfig(**config))(rows, 0)
+    return pairs, counts, skipped, scripted
+
+
+def test_a_pair_is_the_first_valid_refinement_and_the_original_description(policies, rows):
+    pairs, counts, _, scripted = make(policies, rows)
+    assert [(p["question"], p["chosen"], p["rejected"], p["iteration"]) for p in pairs] == [
+        ("q1", "r1", "w1", 1),
+        ("q2", "r2", "w2", 2),
+    ]
+    assert scripted.refined == [[("q1", "w1"), ("q2", "w2"), ("q3", "w3")], [("q2", "w2b"), ("q3", "w3b")]]
+    expected = {"considered": 4, "initially_right": 1, "discarded": 1, "pairs": 2}
+    assert expected.items() <= counts.items()
+    assert (counts["chosen_tokens"], counts["rejected_tokens"], counts["chosen_longer"]) == (10, 6, 2)
+
+
+def test_no_more_than_n_max_refinements_are_made(policies, rows):
+    pairs, counts, _, scripted = make(policies, rows, max_refinements=1)
+    assert [pair["question"] for pair in pairs] == ["q1"]
+    assert len(scripted.refined) == 1 and counts["discarded"] == 2
+    pairs, _, _, scripted = make(policies, rows, max_refinements=0)
+    assert pairs == [] and scripted.refined == []
+
+
+def test_answers_are_compared_as_answers(policies, rows):
+    """17 contains 7; a matcher of substrings would take every description for valid."""
+    _, counts, _, _ = make(policies, rows, answers={**ANSWERS, "r0": "7.0"})
+    assert counts["initially_right"] == 1
+
+
+def test_a_winner_that_states_the_answer_makes_no_pair(policies, rows):
+    looks = {**LOOKS, "q1": ["w1", "r it is 7 tall", "-"]}
+    answers = {**ANSWERS, "r it is 7 tall": "7"}
+    pairs, counts, _, _ = make(policies, rows, looks, answers)
+    assert [pair["question"] for pair in pairs] == ["q2"]
+    assert counts["states_answer"] == 1
+    pairs, *_ = make(policies, rows, looks, answers, answer_leak="declared")
+    assert [pair["question"] for pair in pairs] == ["q1", "q2"]
+
+
+@pytest.mark.parametrize(
+    ("description", "answer", "contains", "declared"),
+    [
+        ("red 5, blue 3.", "8", False, False),
+        ("red 5, blue 3.", "5", True, False),
+        ("red 5, blue 3.", "5.0", True, False),
+        ("There are fifteen bars.", "5", False, False),
+        ("There are 15 bars.", "5", False, False),
+        ("A big red bar. 8.", "8", True, True),
+        ("Two bars. The answer is 8 metres here.", "8", True, True),
+        ("Two bars <answer>8</answer>", "9", True, True),
+        ("There is no cat.", "no", False, False),
+        ("There is no cat. No.", "no", True, True),
+        ("A bird on a tree.", "A", False, False),
+        ("A bird on a tree. Answer: A", "A", True, True),
+        ("A Red  Bird, on a tree", "red bird", True, False),
+    ],
+)
+def test_what_states_the_answer(description, answer, contains, declared):
+    assert states_answer(description, answer, "contains") is contains
+    assert states_answer(description, answer, "declared") is declared
+
+
+def test_validation_is_greedy_or_m_of_n(policies, monkeypatch):
+    asked = []
+
+    def answer(questions, descriptions, samples, temperature, seed):
+        asked.append((samples, temperature))
+        texts = ["<answer>7</answer>", "<answer>8</answer>", "<answer>7</answer>"]
+        return [[Completion(text, 1) for text in texts[:samples]] for _ in questions]
+
+    monkeypatch.setattr(policies, "answer_from_text", answer)
+    one = (policies, ["q"], ["d"], ["7"])
+    assert is_valid(*one, RefinementConfig(), 0) == [True]
+    assert is_valid(*one, RefinementConfig(validation_samples=3, validation_required=2), 0) == [True]
+    assert is_valid(*one, RefinementConfig(validation_samples=3, validation_required=3), 0) == [False]
+    assert asked == [(1, 0.0), (3, 0.7), (3, 0.7)]
+    with pytest.raises(ValueError, match="validation_required"):
+        RefinementConfig(validation_samples=2, validation_required=3)
+
+
+# Rows
+
+
+def test_what_is_broken_missing_or_unreadable_is_skipped_counted_and_named(policies, data, tmp_path, caplog):
+    lines = data.read_text().splitlines()[:6]
+    record = json.loads(lines[0])
+    (data.parent / "damaged.png").write_bytes(b"no image")
+    lines += ["{broken", "[1, 2]", json.dumps({**record, "image": "nowhere.png"}), "", b"\xff\xfe".decode("latin-1")]
+    lines += [json.dumps({name: record[name] for name in record if name != left_out}) for left_out in record]
+    lines += [json.dumps({**record, "answer": " ... "}), json.dumps({**record, "image": "damaged.png"})]
+    data.write_text("\n".join(lines) + "\n", encoding="latin-1")
+    with caplog.at_level(logging.WARNING):
+        report = build_pairs(policies, data, tmp_path / "pairs.jsonl", RefinementConfig(batch_size=4))
+    assert report["considered"] == 6 and report["rows"] == 15
+    assert report["skipped"] == {
+        "broken JSON": 2,
+        "not a JSON object": 1,
+        "missing image": 1,
+        "lacks image": 1,
+        "lacks question": 1,
+        "lacks answer": 2,
+        "unreadable image: not an image": 1,
+    }
+    assert sum(report["skipped"].values()) == 9
+    for named in ("data.jsonl:7", "nowhere.png", "damaged.png"):
+        assert named in caplog.text and any(named in row for row in report["skipped_rows"])
+
+
+def test_a_missing_source_and_a_folder_with_labels_are_refused(data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_rows(tmp_path / "nowhere.jsonl", (), tmp_path)
+    with pytest.raises(ValueError, match="labels=False"):
+        read_rows(data.parent, ("question", "answer"), tmp_path)
+
+
+def test_rows_are_read_as_a_stream(data, tmp_path):
+    rows = read_rows(data, ("question", "answer"), tmp_path)
+    assert next(rows).index == 0
+    data.write_text("")  # what was not read yet cannot have been
+    assert len(list(rows)) < 40
+
+
+def test_a_dataset_is_read_as_a_file_is(data, tmp_path):
+    expected = list(read_rows(data, ("question", "answer"), tmp_path))
+    dataset = Dataset.from_list([{**row, "image": str(data.parent / row["image"])} for row in read(data)])
+    for variant in (dataset, dataset.cast_column("image", Image()), dataset.to_iterable_dataset()):
+        assert list(read_rows(variant, ("question", "answer"), tmp_path)) == expected
+
+
+def test_images_that_are_no_files_are_written_to_some(tmp_path):
+    dataset = Dataset.from_list([{"image": chart(0).image(), "question": "q", "answer": 5}, {"image": None}])
+    row, bad = read_rows(dataset, ("question", "answer"), tmp_path / "images")
+    assert row == Row(0, str(tmp_path / "images" / "00000000.png"), "q", "5") and Path(row.image_path).is_file()
+    assert bad == BadRow(1, "row 1", "lacks image")
+
+
+# A whole source
+
+
+def test_pairs_and_report_of_a_real_model(policies, data, tmp_path):
+    output = tmp_path / "out" / "pairs.jsonl"
+    report = build_pairs(policies, data, output, RefinementConfig(batch_size=16))
+    pairs = read(output)
+    fields = ["image_path", "question", "ground_truth", "chosen", "rejected", "iteration"]
+    assert pairs and all(list(pair) == fields for pair in pairs)
+    assert all(Path(pair["image_path"]).is_file() and pair["iteration"] in (1, 2) for pair in pairs)
+    assert len(pairs) == report["pairs"] == sum(report["refined_by_iteration"].values()) - report["states_answer"]
+    assert report["considered"] == 40
+    assert report["initially_right"] + report["pairs"] + report["states_answer"] + report["discarded"] == 40
+    assert report["pair_yield"] == report["pairs"] / 40
+    assert report["recovered"] == report["pairs"] / (40 - report["initially_right"])
+    assert report["mean_chosen_tokens"] > 0
+    for pair in pairs:
+        row = [pair["question"]], [pair["chosen"]], [pair["ground_truth"]]
+        assert is_valid(policies, *row, RefinementConfig(), 0) == [True]
+        assert is_valid(policies, row[0], [pair["rejected"]], row[2], RefinementConfig(), 0) == [False]
+        assert not states_answer(pair["chosen"], pair["ground_truth"])
+    assert not list(output.parent.glob("*part*"))
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_pairs(policies, data, tmp_path, monkeypatch):
+    config = RefinementConfig(batch_size=8)
+    whole, stopped = tmp_path / "a" / "pairs.jsonl", tmp_path / "b" / "pairs.jsonl"
+    build_pairs(policies, data, whole, config)
+    original, calls = PairMaker.__call__, []
+
+    def stop(self, rows, batch, roll_out=False):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, rows, batch, roll_out)
+
+    monkeypatch.setattr(PairMaker, "__call__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build_pairs(policies, data, stopped, config)
+    assert not stopped.exists()
+    with open(stopped.with_name("pairs.part-0-of-1.jsonl"), "ab") as file:
+        file.write(b'{"half a pa')  # killed while it wrote
+    build_pairs(policies, data, stopped, config)
+    assert calls == [0, 1, 2, 2, 3, 4]
+    assert stopped.read_bytes() == whole.read_bytes()
+    report = json.loads(whole.with_name("pairs.jsonl.report.json").read_text())
+    assert json.loads(stopped.with_name("pairs.jsonl.report.json").read_text()) == report
+    calls.clear()
+    assert build_pairs(policies, data, stopped, config) == report
+    assert calls == []
+
+
+def test_other_settings_than_those_begun_with_are_refused(policies, data, tmp_path):
+    build_pairs(policies, data, tmp_path / "pairs.jsonl", RefinementConfig(max_rows=4))
+    with pytest.raises(ValueError, match=r"other settings \(config\)"):
+        build_pairs(policies, data, tmp_path / "pairs.jsonl", RefinementConfig(max_rows=5))
+
+
+_PROCESS = """
+import sys
+from test_sr2se_refinement import *
+policies = SubPolicies(*load_model(DEMO / "models" / "sr2se"), PROMPTS, **SIZES)
+build_pairs(policies, sys.argv[1], sys.argv[2], RefinementConfig(batch_size=8))
+from accelerate import PartialState
+print("processes", PartialState().num_processes)
+"""
+
+
+def test_two_processes_share_the_work_and_write_the_same_pairs(policies, data, tmp_path):
+    build_pairs(policies, data, tmp_path / "one" / "pairs.jsonl", RefinementConfig(batch_size=8))
+    script = tmp_path / "process.py"
+    script.write_text(_PROCESS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), str(data)]
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), str(DEMO), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, str(tmp_path / "two" / "pairs.jsonl")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("processes 2") == 2
+    for name in ("pairs.jsonl", "pairs.jsonl.report.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_gate_rollouts_come_from_the_descriptions_of_the_pairs(policies, data, tmp_path):
+    reasoner = EarlyExitReasoner(policies, max_steps=2)
+    report = build_pairs(
+        policies,
+        data,
+        tmp_path / "pairs.jsonl",
+        RefinementConfig(batch_size=8, max_refinements=0),
+        reasoner=reasoner,
+        rollout_folder=tmp_path / "rollouts",
+        rollout_rows=16,
+    )
+    files = sorted((tmp_path / "rollouts").iterdir())
+    rollouts = GateRollouts.cat([GateRollouts.load(file) for file in files])
+    assert len(files) == 2 and rollouts.hidden.shape[:2] == (16, 2)
+    assert report["pairs"] == 0 and 0 < rollouts.visual.sum() <= report["initially_right"]
+
+
+# Without labels
+
+
+def test_a_folder_of_images_yields_pairs(policies, data, tmp_path):
+    labeller = AgreementLabeller(policies, ROLE_PROMPTS, max_question_tokens=16, max_answer_tokens=32)
+    config = RefinementConfig(min_agreement=0.6, batch_size=16)
+    report = build_pairs(policies, data.parent, tmp_path / "out" / "pairs.jsonl", config, labeller=labeller)
+    pairs = read(tmp_path / "out" / "pairs.jsonl")
+    assert report["asked"] == 40 and report["stand_in_accuracy"] is None
+    assert report["considered"] + report["below_agreement"] + report["no_question"] == 40
+    assert pairs and len(pairs) == report["pairs"]
+    assert all(pair["question"] and pair["ground_truth"] for pair in pairs)
+
+
+def test_labels_are_compared_with_the_stand_ins_and_never_used(policies, data, tmp_path):
+    labeller = AgreementLabeller(policies, ROLE_PROMPTS, max_question_tokens=16, max_answer_tokens=32)
+    lines = read(data)
+    wrong = data.with_name("wrong.jsonl")
+    wrong.write_text("".join(json.dumps({**line, "answer": "none of it"}) + "\n" for line in lines))
+    config = RefinementConfig(min_agreement=0.6, batch_size=16)
+    reports = {
+        name: build_pairs(policies, file, tmp_path / name / "pairs.jsonl", config, labeller=labeller)
+        for name, file in (("true", data), ("wrong", wrong))
+    }
+    assert (tmp_path / "true" / "pairs.jsonl").read_bytes() == (tmp_path / "wrong" / "pairs.jsonl").read_bytes()
+    assert reports["wrong"]["stand_in_accuracy"] == 0
+    assert reports["true"]["stand_in_accuracy"] > 0.5
+    assert reports["true"]["stand_ins_checked"] + reports["true"]["below_agreement"] == 40
+    assert reports["true"]["asked"] == 0
+
+
+def test_only_a_majority_that_agrees_enough_stands_in(policies, data):
+    labeller = AgreementLabeller(policies, ROLE_PROMPTS, max_answer_tokens=32)
+    rows = list(read_rows(data, ("question",), data.parent))
+    kept = []
+    for share in (0.2, 0.8, 1.0):
+        _, counts, _, _ = PairMaker(policies, RefinementConfig(min_agreement=share, max_refinements=0), labeller)(
+            rows, 0
+        )
+        kept.append(counts["considered"])
+    assert 40 >= kept[0] > kept[1] > kept[2] > 0
