@@ -6,7 +6,7 @@ BASES := room narrow noisy
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export PYTHONMALLOC ?= malloc
 
-.PHONY: venv demo demo-model experiments test lint format
+.PHONY: venv demo demo-model demo-model-sr2se experiments experiments-sr2se test lint format
 
 venv: .venv/.installed
 
@@ -29,6 +29,13 @@ $(BASES:%=demo-model-%): demo-model-%: venv
 
 experiments: venv
 	OMP_NUM_THREADS=1 $(PY) examples/demo/experiments.py run
+
+# SR2SE's base model and experiments
+demo-model-sr2se: venv
+	OMP_NUM_THREADS=1 $(PY) examples/demo/make_sr2se_model.py --output examples/demo/models/sr2se
+
+experiments-sr2se: venv
+	OMP_NUM_THREADS=1 $(PY) examples/demo/sr2se_experiments.py run
 
 test: venv
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup

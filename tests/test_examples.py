@@ -32,7 +32,7 @@ from transformers import AutoModelForImageTextToText
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "train_qwen.py"
-RECIPES = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+RECIPES = sorted((ROOT / "examples" / "configs").glob("qwen*.yaml"))
 DEMO_MODEL = ROOT / "examples" / "demo" / "models" / "room"
 ACCELERATE = ROOT / "accelerate_configs"
 REQUIRED = ["--image_dir", "images", "--output_dir", "out", "--use_cpu"]

@@ -16,7 +16,7 @@
 
     python examples/demo/make_sr2se_model.py --output examples/demo/models/sr2se
 
-About five minutes on one idle CPU core. What it is taught decides what can be shown with it:
+About eight minutes on one idle CPU core. What it is taught decides what can be shown with it:
 
 - A first description misses small bars (values up to 3) three times in four: they are 0, or not there. A second look
   never misses any. So refinement has something to find, and a description without misses is within the model's reach.
@@ -41,7 +41,7 @@ SR2SE_PROMPTS = json.loads((HERE / "sr2se_prompts.json").read_text())
 SMALL = 3  # a bar of at most this value can be missed
 MISSED = 0.75  # share of small bars that a first description misses
 MAX_STEPS = 5
-STEPS = 2000
+STEPS = 1250
 SHARES = {"perception": 0.2, "refinement": 0.1, "step": 0.3, "text_answer": 0.1, "final_answer": 0.15, "before": 0.15}
 
 

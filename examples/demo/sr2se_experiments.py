@@ -1,0 +1,697 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Does SR2SE work on the demo model, and what of it?
+
+    python examples/demo/sr2se_experiments.py run       # what is not done yet
+    python examples/demo/sr2se_experiments.py report    # writes docs/experiments/sr2se.md's tables and the figure
+
+Results go to `docs/experiments/sr2se_results.jsonl`, one line per job. Charts used to make pairs, to train gates, and to
+measure are disjoint. Each seed has charts of its own to learn from, and all are measured on the same questions.
+"""
+
+import argparse
+import json
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from charts import EVOLVE_SEEDS, TEST_SEEDS, chart, labelled_questions, make_images, parse_question
+from demo import PROMPTS, demo_config, demo_lora, load_model
+from evaluate import evaluate_solver
+from experiments import interval
+from peft import PeftModel
+from transformers import PrinterCallback
+
+from evolmm_trl import EvoLMMTrainer, RolePrompts, load_images
+from evolmm_trl.answers import canonical_answer
+from evolmm_trl.sr2se import (
+    AgreementLabeller,
+    EarlyExitReasoner,
+    GateRollouts,
+    GateTrainingConfig,
+    RefinementConfig,
+    SRDPOConfig,
+    SRDPOTrainer,
+    SubPolicies,
+    SubPolicyPrompts,
+    build_pairs,
+    load_preferences,
+    train_gate,
+)
+from evolmm_trl.sr2se.early_exit import is_right
+from evolmm_trl.sr2se.stopping import expected_calibration_error, reliability
+from evolmm_trl.sr2se.sub_policies import answer_of
+
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+BASE = HERE / "models" / "sr2se"
+DOCS = ROOT / "docs" / "experiments"
+RESULTS = DOCS / "sr2se_results.jsonl"
+PAGE = DOCS / "sr2se.md"
+WORK = ROOT / "runs" / "sr2se"  # images, rollouts and pairs between the jobs
+SUB_PROMPTS = SubPolicyPrompts(**json.loads((HERE / "sr2se_prompts.json").read_text()))
+SEEDS = (0, 1, 2, 3, 4)
+ROWS = 400  # charts per seed to learn from
+TEST = TEST_SEEDS[:600]
+DEPTH = 5
+GATE = {"epochs": 60, "threshold_learning_rate": 0.02}
+
+
+def policies_of(model, processor) -> SubPolicies:
+    return SubPolicies(
+        model,
+        processor,
+        SUB_PROMPTS,
+        max_perception_tokens=24,
+        max_step_tokens=20,
+        max_answer_tokens=6,
+        batch_size=200,
+    )
+
+
+def base_policies() -> SubPolicies:
+    return policies_of(*load_model(BASE))
+
+
+def labelled_file(seed: int) -> Path:
+    """A seed's charts as JSONL with labels."""
+    file = WORK / f"charts-{seed}" / "data.jsonl"
+    if not file.is_file():
+        seeds = EVOLVE_SEEDS[seed * ROWS : (seed + 1) * ROWS]
+        make_images(file.parent / "images", seeds)
+        rows = labelled_questions(seeds)
+        lines = [
+            json.dumps({"image": f"images/{i:05d}.png", "question": row["question"], "answer": row["answer"]})
+            for i, row in enumerate(rows)
+        ]
+        file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def drawn_chart(image_path: str):
+    """The chart of an image that `labelled_file` wrote."""
+    folder, name = Path(image_path).parent.parent.name, Path(image_path).stem
+    return chart(EVOLVE_SEEDS[int(folder.split("-")[1]) * ROWS + int(name)])
+
+
+def says_the_truth(description: str, question: str, drawn) -> bool:
+    """Whether every bar the question is about is in the description with its value, and nothing else."""
+    said = dict(re.findall(r"([a-z]+) (\d+)", description))
+    parsed = parse_question(question)
+    about = (parsed.colours if parsed else ()) or tuple(drawn.values)
+    return said == {colour: str(drawn.values[colour]) for colour in about if colour in drawn.values}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def measure(policies: SubPolicies, depth: int) -> dict:
+    """Greedy descriptions, steps and answers after every step, on the test questions; bits per question as text."""
+    rows = labelled_questions(TEST)
+    images, questions = [row["image"] for row in rows], [row["question"] for row in rows]
+    truths = [row["answer"] for row in rows]
+    seen = policies.perceive(images, questions)
+    descriptions = [completion.text for completion in seen]
+    from_text = policies.answer_from_text(questions, descriptions)
+    steps, tokens = [[] for _ in rows], [completion.tokens for completion in seen]
+    hidden, correct, totals = [], [], []
+    for _ in range(depth):
+        taken = policies.reason(questions, descriptions, steps)
+        for i, completion in enumerate(taken):
+            steps[i].append(completion.text)
+            tokens[i] += completion.tokens
+        answers = policies.answer(questions, descriptions, steps)
+        hidden.append(torch.stack([completion.hidden for completion in taken]))
+        correct.append([is_right(answer_of(a), truth) for a, truth in zip(answers, truths, strict=True)])
+        totals.append([total + a.tokens for total, a in zip(tokens, answers, strict=True)])
+    visual = [is_right(answer_of(group[0]), truth) for group, truth in zip(from_text, truths, strict=True)]
+    true = [says_the_truth(d, q, chart(s)) for d, q, s in zip(descriptions, questions, TEST, strict=True)]
+    return {
+        "hidden": torch.stack(hidden, 1),
+        "correct": torch.tensor(correct).T.contiguous(),
+        "visual": torch.tensor(visual),
+        "true": torch.tensor(true),
+        "tokens": torch.tensor(totals).T.contiguous(),
+    }
+
+
+def bits(values) -> str:
+    return "".join("1" if value else "0" for value in values)
+
+
+def unbits(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), dtype=np.uint8) - ord("0")
+
+
+def base_measured() -> dict:
+    """The untrained base on the test questions, measured once."""
+    file = WORK / "base.pt"
+    if not file.is_file():
+        torch.save(measure(base_policies(), DEPTH), file)
+    return torch.load(file, weights_only=True)
+
+
+def _depths(measured: dict) -> dict:
+    result = {f"depth_{k}": bits(measured["correct"][:, k - 1]) for k in range(1, DEPTH + 1)}
+    result |= {f"tokens_{k}": measured["tokens"][:, k - 1].float().mean().item() for k in range(1, DEPTH + 1)}
+    return result | {"from_text": bits(measured["visual"]), "true": bits(measured["true"])}
+
+
+def job_base(seed: int) -> dict:
+    return _depths(base_measured())
+
+
+def job_pairs(seed: int) -> dict:
+    """Pairs with labels, and the gate's rollouts from the same descriptions."""
+    policies = base_policies()
+    folder = WORK / f"labels-{seed}"
+    report = build_pairs(
+        policies,
+        labelled_file(seed),
+        folder / "pairs.jsonl",
+        RefinementConfig(batch_size=200, seed=seed),
+        reasoner=EarlyExitReasoner(policies, max_steps=DEPTH),
+        rollout_folder=folder / "rollouts",
+        rollout_rows=ROWS,
+    )
+    return _pair_result(report, folder / "pairs.jsonl")
+
+
+def job_free(seed: int) -> dict:
+    """Pairs from the images alone."""
+    policies = base_policies()
+    folder = WORK / f"free-{seed}"
+    labeller = AgreementLabeller(policies, RolePrompts(**PROMPTS), max_question_tokens=16, max_answer_tokens=32)
+    images = labelled_file(seed).parent / "images"
+    config = RefinementConfig(batch_size=200, seed=seed, min_agreement=0.8)
+    report = build_pairs(policies, images, folder / "pairs.jsonl", config, labeller=labeller)
+    return _pair_result(report, folder / "pairs.jsonl")
+
+
+def job_stand_in(seed: int) -> dict:
+    """How often the majority is right on labelled questions, by agreement."""
+    policies = base_policies()
+    labeller = AgreementLabeller(policies, RolePrompts(**PROMPTS), max_answer_tokens=32)
+    rows = labelled_questions(EVOLVE_SEEDS[seed * ROWS : (seed + 1) * ROWS])
+    votes = labeller.vote([row["image"] for row in rows], [row["question"] for row in rows], seed)
+    counted = {}
+    for cast, row in zip(votes, rows, strict=True):
+        kept, right = counted.setdefault(f"{cast.agreement:.1f}", [0, 0])
+        counted[f"{cast.agreement:.1f}"] = [kept + 1, right + (cast.majority == canonical_answer(row["answer"]))]
+    return {"by_agreement": counted}
+
+
+def _pair_result(report: dict, file: Path) -> dict:
+    pairs = [json.loads(line) for line in file.read_text().splitlines()]
+    true = {
+        side: [says_the_truth(p[side], p["question"], drawn_chart(p["image_path"])) for p in pairs]
+        for side in ("chosen", "rejected")
+    }
+    grounded = [(parse_question(p["question"]), drawn_chart(p["image_path"]), p["ground_truth"]) for p in pairs]
+    answers = [q is not None and canonical_answer(q.answer(c)) == canonical_answer(a) for q, c, a in grounded]
+    report = {name: value for name, value in report.items() if name not in ("settings", "skipped_rows")}
+    return {
+        "report": report,
+        "chosen_true": sum(true["chosen"]),
+        "rejected_true": sum(true["rejected"]),
+        "truth_right": sum(answers),
+    }
+
+
+def job_gate(seed: int) -> dict:
+    """A gate from the seed's rollouts, on the base's test questions."""
+    return _gate(WORK / f"labels-{seed}" / "rollouts", seed, base_measured(), base_policies())
+
+
+def job_final_gate(seed: int) -> dict:
+    """After SR-DPO with labels: the gate fitted again, and the one from before, on the final model's test questions."""
+    model, processor = load_model(BASE)
+    model = train_dpo(WORK / f"labels-{seed}" / "pairs.jsonl", seed, model, processor).model
+    policies = policies_of(model, processor)
+    folder = WORK / f"final-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    build_pairs(
+        policies,
+        labelled_file(seed),
+        folder / "pairs.jsonl",
+        RefinementConfig(batch_size=200, seed=seed, max_refinements=0, temperature=0.0),
+        reasoner=EarlyExitReasoner(policies, max_steps=DEPTH),
+        rollout_folder=folder / "rollouts",
+        rollout_rows=ROWS,
+    )
+    measured = measure(policies, DEPTH)
+    result = _depths(measured)
+    result["gate"] = _gate(folder / "rollouts", seed, measured, policies)
+    result["old_gate"] = _gate(WORK / f"labels-{seed}" / "rollouts", seed, measured, None)
+    return result
+
+
+def _gate(rollout_folder: Path, seed: int, measured: dict, policies: SubPolicies | None) -> dict:
+    rollouts = GateRollouts.cat([GateRollouts.load(file) for file in sorted(rollout_folder.iterdir())])
+    gate, report = train_gate(rollouts, GateTrainingConfig(seed=seed, **GATE))
+    with torch.no_grad():
+        scores = gate(measured["hidden"])
+    opens = scores > gate.threshold
+    opens[:, -1] = True
+    stop = opens.int().argmax(1, keepdim=True)
+    result = {
+        "correct": bits(measured["correct"].gather(1, stop)[:, 0]),
+        "steps": "".join(str(k + 1) for k in stop[:, 0].tolist()),
+        "tokens": measured["tokens"].gather(1, stop).float().mean().item(),
+        "threshold": gate.threshold.item(),
+        "ece": expected_calibration_error(scores, measured["correct"]),
+        "reliability": reliability(scores, measured["correct"]),
+        "auc": _auc(scores, measured["correct"]),
+        "training": {name: report[name] for name in ("held_out_ece", "reward_before", "reward_after")},
+    }
+    if policies is not None:
+        # That this is what generation with the gate gives is checked on some questions.
+        rows = labelled_questions(TEST[:100])
+        made = EarlyExitReasoner(policies, gate, DEPTH).generate(
+            [row["image"] for row in rows], [row["question"] for row in rows]
+        )
+        same = [len(r.steps) == k + 1 for r, k in zip(made, stop[:100, 0].tolist(), strict=True)]
+        result["generated_steps_agree"] = float(np.mean(same))
+    return result
+
+
+def _auc(scores: torch.Tensor, correct: torch.Tensor) -> float:
+    """Probability that a right answer's score is above a wrong one's."""
+    order = scores.flatten().argsort().argsort().double() + 1
+    right = correct.flatten()
+    n, m = int(right.sum()), int((~right).sum())
+    return ((order[right].sum() - n * (n + 1) / 2) / (n * m)).item()
+
+
+def train_dpo(pairs: Path, seed: int, model, processor, **changes):
+    """SR-DPO on a file of pairs, with LoRA; a thousandth of a real model's size, and a learning rate to match."""
+    folder = WORK / "dpo"
+    settings = {
+        "num_train_epochs": 4,
+        "per_device_train_batch_size": 32,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": seed,
+    }
+    trainer = SRDPOTrainer(
+        model=model,
+        args=SRDPOConfig(output_dir=str(folder), **{**settings, **changes}),
+        train_dataset=load_preferences(pairs, processor, SUB_PROMPTS),
+        processing_class=processor,
+        peft_config=demo_lora(),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer
+
+
+def _dpo(pairs: Path, seed: int, **changes) -> dict:
+    model, processor = load_model(BASE)
+    trainer = train_dpo(pairs, seed, model, processor, **changes)
+    return _scores(trainer.model, processor) | {"pairs": len(trainer.train_dataset), "training": _dpo_log(trainer)}
+
+
+def _scores(model, processor) -> dict:
+    measured = measure(policies_of(model, processor), 3)
+    return {
+        "depth_3": bits(measured["correct"][:, 2]),
+        "from_text": bits(measured["visual"]),
+        "true": bits(measured["true"]),
+        "tokens_3": measured["tokens"][:, 2].float().mean().item(),
+    }
+
+
+def _dpo_log(trainer) -> dict:
+    logs = [row for row in trainer.state.log_history if "rewards/margins" in row]
+    return {name: round(logs[-1][name], 4) for name in ("loss", "rewards/margins", "rewards/accuracies")}
+
+
+def job_dpo(seed: int) -> dict:
+    return _dpo(WORK / f"labels-{seed}" / "pairs.jsonl", seed)
+
+
+def job_dpo_free(seed: int) -> dict:
+    return _dpo(WORK / f"free-{seed}" / "pairs.jsonl", seed)
+
+
+def job_dpo_normalized(seed: int) -> dict:
+    """Length-normalised; beta larger by about the number of tokens."""
+    return _dpo(WORK / f"labels-{seed}" / "pairs.jsonl", seed, length_normalization=True, beta=0.8)
+
+
+def job_dpo_swapped(seed: int) -> dict:
+    """Control: which of the two is the winner is decided by a coin."""
+    coin = random.Random(seed)
+    file = WORK / f"swapped-{seed}.jsonl"
+    lines = []
+    for line in (WORK / f"labels-{seed}" / "pairs.jsonl").read_text().splitlines():
+        pair = json.loads(line)
+        if coin.random() < 0.5:
+            pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
+        lines.append(json.dumps(pair))
+    file.write_text("\n".join(lines) + "\n")
+    return _dpo(file, seed)
+
+
+def _solver(model, processor) -> str:
+    scores = evaluate_solver(model, processor, labelled_questions(TEST), PROMPTS, samples=1)
+    return bits(scores["per_question"]["greedy"])
+
+
+def job_base_solver(seed: int) -> dict:
+    return {"solver": _solver(*load_model(BASE))}
+
+
+def _evolve(seed: int):
+    model, processor = load_model(BASE)
+    folder = WORK / f"evolmm-{seed}"
+    trainer = EvoLMMTrainer(
+        model=model,
+        args=demo_config(folder, seed=seed, max_steps=36),
+        train_dataset=load_images(labelled_file(seed).parent / "images", streaming=False),
+        processing_class=processor,
+        peft_config=demo_lora(),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.save_model()
+    model, processor = load_model(BASE)
+    model = PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
+    shutil.rmtree(folder)
+    return model, processor
+
+
+def job_evolmm(seed: int) -> dict:
+    """EvoLMM alone, and then pairs without labels and SR-DPO from the evolved model."""
+    model, processor = _evolve(seed)
+    alone = _scores(model, processor) | {"solver": _solver(model, processor)}
+    folder = WORK / f"evolved-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    policies = policies_of(model, processor)
+    labeller = AgreementLabeller(policies, RolePrompts(**PROMPTS), max_question_tokens=16, max_answer_tokens=32)
+    config = RefinementConfig(batch_size=200, seed=seed, min_agreement=0.8)
+    images = labelled_file(seed).parent / "images"
+    report = build_pairs(policies, images, folder / "pairs.jsonl", config, labeller=labeller)
+    trainer = train_dpo(folder / "pairs.jsonl", seed, model, processor)
+    both = _scores(trainer.model, processor) | {"solver": _solver(trainer.model, processor)}
+    return {"alone": alone, "both": both, **_pair_result(report, folder / "pairs.jsonl")}
+
+
+JOBS = {
+    "base": (job_base, (0,)),
+    "pairs": (job_pairs, SEEDS),
+    "gate": (job_gate, SEEDS),
+    "dpo": (job_dpo, SEEDS),
+    "final_gate": (job_final_gate, SEEDS),
+    "free": (job_free, SEEDS),
+    "dpo_free": (job_dpo_free, SEEDS),
+    "stand_in": (job_stand_in, SEEDS),
+    "dpo_swapped": (job_dpo_swapped, SEEDS),
+    "base_solver": (job_base_solver, (0,)),
+    "evolmm": (job_evolmm, SEEDS),
+    "dpo_normalized": (job_dpo_normalized, SEEDS),
+}
+
+
+def read_results() -> dict[tuple[str, int], dict]:
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return {(row["job"], row["seed"]): row for row in rows}
+
+
+def run(only: str | None) -> None:
+    torch.set_num_threads(1)
+    WORK.mkdir(parents=True, exist_ok=True)
+    done = read_results()
+    for name, (job, seeds) in JOBS.items():
+        for seed in seeds:
+            if (name, seed) in done or (only is not None and not re.fullmatch(only, f"{name}/{seed}")):
+                continue
+            started = time.process_time()
+            result = {"job": name, "seed": seed, **job(seed)}
+            result["cpu_seconds"] = round(time.process_time() - started, 1)
+            with open(RESULTS, "a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(f"{name}/{seed}: {result['cpu_seconds']} s", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _points(runs: list[str], others: list[str]) -> str:
+    """Mean difference of paired bits in points, with its 95 % interval over seeds and questions."""
+    differences = np.stack([unbits(a).astype(float) - unbits(b) for a, b in zip(runs, others, strict=True)])
+    mean, half = interval(differences)
+    return f"{100 * mean:+.1f} ± {100 * half:.1f}"
+
+
+def _mean(values) -> float:
+    return float(np.mean(list(values)))
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _of(results: dict, job: str) -> list[dict]:
+    return [row for (name, _), row in sorted(results.items()) if name == job]
+
+
+def gate_tables(results: dict) -> list[str]:
+    base, gates = results["base", 0], _of(results, "gate")
+    deepest = base[f"depth_{DEPTH}"]
+    whole = base[f"tokens_{DEPTH}"]
+    rows = []
+    for k in (1, 3, DEPTH):
+        accuracy, tokens = unbits(base[f"depth_{k}"]).mean(), base[f"tokens_{k}"]
+        difference = "-" if k == DEPTH else _fixed_points(base[f"depth_{k}"], deepest)
+        rows.append(
+            [
+                f"fixed depth {k}",
+                f"{accuracy:.3f}",
+                difference,
+                f"{k:.2f}",
+                f"{tokens:.1f}",
+                f"{100 * (tokens / whole - 1):+.0f} %",
+            ]
+        )
+    tokens = _mean(gate["tokens"] for gate in gates)
+    steps = _mean(np.mean([int(k) for k in gate["steps"]]) for gate in gates)
+    rows.append(
+        [
+            f"gate, {len(gates)} seeds",
+            f"{_mean(unbits(gate['correct']).mean() for gate in gates):.3f}",
+            _points([gate["correct"] for gate in gates], [deepest] * len(gates)),
+            f"{steps:.2f}",
+            f"{tokens:.1f}",
+            f"{100 * (tokens / whole - 1):+.0f} %",
+        ]
+    )
+    lines = _table(
+        ["", "accuracy", f"minus depth {DEPTH}, points", "steps", "generated tokens", f"tokens against depth {DEPTH}"],
+        rows,
+    )
+    names = ("threshold", "tokens", "ece", "auc", "generated_steps_agree")
+    cells = [[str(gate["seed"]), *(f"{gate[name]:.3f}" for name in names)] for gate in gates]
+    for row, gate in zip(cells, gates, strict=True):
+        row.append(f"{gate['training']['reward_before']:.3f} → {gate['training']['reward_after']:.3f}")
+    header = [
+        "seed",
+        "tau",
+        "tokens",
+        "ECE",
+        "AUC",
+        "generation stops at the same step",
+        "reward, before → after tau is learned",
+    ]
+    return [*lines, "", "Each gate:", "", *_table(header, cells)]
+
+
+def _fixed_points(a: str, b: str) -> str:
+    """Paired difference of two runs without seeds: the interval is over questions alone."""
+    difference = unbits(a).astype(float) - unbits(b)
+    half = 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
+    return f"{100 * difference.mean():+.1f} ± {100 * half:.1f}"
+
+
+def pair_tables(results: dict) -> list[str]:
+    rows = []
+    for job, title in (
+        ("pairs", "with labels"),
+        ("free", "without labels"),
+        ("evolmm", "without labels, after EvoLMM"),
+    ):
+        runs = _of(results, job)
+        if not runs:
+            continue
+        reports = [run["report"] for run in runs]
+        pairs = sum(report["pairs"] for report in reports)
+        rows.append(
+            [
+                title,
+                str(sum(report["rows"] for report in reports)),
+                str(sum(report["considered"] for report in reports)),
+                str(sum(report["considered"] - report["initially_right"] for report in reports)),
+                " / ".join(str(sum(r["refined_by_iteration"][i] for r in reports)) for i in ("1", "2")),
+                str(sum(report["states_answer"] for report in reports)),
+                str(pairs),
+                f"{pairs / sum(report['rows'] for report in reports):.3f}",
+                f"{sum(run['truth_right'] for run in runs) / pairs:.3f}",
+                f"{sum(run['chosen_true'] for run in runs) / pairs:.3f}",
+                f"{sum(run['rejected_true'] for run in runs) / pairs:.3f}",
+                f"{sum(r['mean_chosen_tokens'] * r['pairs'] for r in reports) / pairs:.1f} / "
+                f"{sum(r['mean_rejected_tokens'] * r['pairs'] for r in reports) / pairs:.1f}",
+                f"{sum(r['chosen_longer'] * r['pairs'] for r in reports) / pairs:.2f}",
+            ]
+        )
+    header = [
+        "",
+        "charts",
+        "with a truth",
+        "first description failed",
+        "refined at 1 / 2",
+        "stated the answer",
+        "pairs",
+    ]
+    header += [
+        "yield",
+        "truth is right",
+        "winner is true of the chart",
+        "loser is",
+        "tokens winner / loser",
+        "winner longer",
+    ]
+    lines = _table(header, rows)
+    counted: dict[str, list[int]] = {}
+    for run in _of(results, "stand_in"):
+        for agreement, (kept, right) in run["by_agreement"].items():
+            before = counted.get(agreement, [0, 0])
+            counted[agreement] = [before[0] + kept, before[1] + right]
+    if counted:
+        total = sum(kept for kept, _ in counted.values())
+        rows = []
+        for share in sorted(counted, reverse=True):
+            above = [value for name, value in counted.items() if float(name) >= float(share)]
+            kept, right = map(sum, zip(*above, strict=True))
+            rows.append([f">= {share}", f"{kept / total:.3f}", f"{right / kept:.3f}"])
+        lines += ["", "The majority of 5 against the labels, on the same charts:", ""]
+        lines += _table(["agreement", "share of questions", "majority is right"], rows)
+    return lines
+
+
+def dpo_tables(results: dict) -> list[str]:
+    base = results["base", 0]
+    solver = results.get(("base_solver", 0), {}).get("solver")
+    metrics = (("depth_3", "answer after 3 steps"), ("from_text", "answer from text"), ("true", "description is true"))
+    rows = [["base", "", *(f"{unbits(base[name]).mean():.3f}" for name, _ in metrics), f"{base['tokens_3']:.1f}"]]
+    rows[0].append(f"{unbits(solver).mean():.3f}" if solver else "")
+    arms = [
+        ("SR-DPO, pairs with labels", _of(results, "dpo")),
+        ("SR-DPO, pairs without labels", _of(results, "dpo_free")),
+        ("SR-DPO with labels, length-normalised", _of(results, "dpo_normalized")),
+        ("SR-DPO with labels, winners by a coin (control)", _of(results, "dpo_swapped")),
+        ("EvoLMM", [run["alone"] for run in _of(results, "evolmm")]),
+        ("EvoLMM, then SR-DPO without labels", [run["both"] for run in _of(results, "evolmm")]),
+    ]
+    for title, runs in arms:
+        if not runs:
+            continue
+        cells = [title, str(len(runs))]
+        for name, _ in metrics:
+            gain = _points([run[name] for run in runs], [base[name]] * len(runs))
+            cells.append(f"{_mean(unbits(run[name]).mean() for run in runs):.3f} ({gain})")
+        cells.append(f"{_mean(run['tokens_3'] for run in runs):.1f}")
+        if "solver" in runs[0]:
+            gain = _points([run["solver"] for run in runs], [solver] * len(runs))
+            cells.append(f"{_mean(unbits(run['solver']).mean() for run in runs):.3f} ({gain})")
+        else:
+            cells.append("")
+        rows.append(cells)
+    lines = _table(["", "seeds", *(title for _, title in metrics), "tokens", "solver's own answer"], rows)
+    both = _of(results, "evolmm")
+    if both:
+        free = {run["seed"]: run for run in _of(results, "dpo_free")}
+        rows = []
+        for title, other in (
+            ("EvoLMM alone", lambda r: r["alone"]),
+            ("SR-DPO without labels alone", lambda r: free[r["seed"]]),
+        ):
+            cells = [
+                _points([run["both"][name] for run in both], [other(run)[name] for run in both]) for name, _ in metrics
+            ]
+            rows.append([title, *cells])
+        lines += ["", "EvoLMM and then SR-DPO, minus one of them alone, in points, paired by seed and question:", ""]
+        lines += _table(["", *(title for _, title in metrics)], rows)
+    return lines
+
+
+def draw_reliability(results: dict) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(4.2, 4), layout="constrained")
+    axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+    for gate in _of(results, "gate"):
+        points = np.array(gate["reliability"])
+        axis.plot(points[:, 0], points[:, 1], marker="o", markersize=3, label=f"seed {gate['seed']}")
+    axis.set(xlabel="score of the gate", ylabel="share of right answers", title="Reliability on held-out questions")
+    axis.legend()
+    figure.savefig(DOCS / "sr2se_reliability.png", dpi=80)
+    plt.close(figure)
+
+
+def report() -> None:
+    """Writes the tables between the marks of docs/experiments/sr2se.md, and the reliability diagram."""
+    results = read_results()
+    text = PAGE.read_text()
+    for mark, tables in (("gate", gate_tables), ("pairs", pair_tables), ("dpo", dpo_tables)):
+        begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
+        before, rest = text.split(begin)
+        text = before + begin + "\n" + "\n".join(tables(results)) + "\n" + end + rest.split(end)[1]
+    PAGE.write_text(text)
+    draw_reliability(results)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+    parser.add_argument("command", choices=["run", "report"])
+    parser.add_argument("--only", help="regular expression for job/seed")
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        run(arguments.only)
+    report()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from charts import VAL_SEEDS, labelled_questions
+from test_sr2se_refinement import DEMO, ROOT, write_charts
+from transformers import AutoModelForImageTextToText
+
+from evolmm_trl import cli
+from evolmm_trl.sr2se import SR2SEConfig, run_pipeline
+from evolmm_trl.sr2se.pipeline import load_run
+
+
+BASE = str(DEMO / "models" / "sr2se")
+RECIPES = sorted((ROOT / "examples" / "configs").glob("sr2se*.yaml"))
+TRAINING = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-3,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+}
+
+
+def settings(folder: Path, data: Path, **changes) -> dict:
+    values = {
+        "model": BASE,
+        "output_dir": str(folder / "run"),
+        "data": str(data),
+        "dtype": "float32",
+        "lora": {"r": 4},
+        "max_steps": 3,
+        "prompts": json.loads((DEMO / "sr2se_prompts.json").read_text()),
+        "role_prompts": json.loads((DEMO / "prompts.json").read_text()),
+        "generation": {"max_perception_tokens": 24, "max_step_tokens": 20, "max_answer_tokens": 6, "batch_size": 64},
+        "labeller": {"max_question_tokens": 16, "max_answer_tokens": 32},
+        "refinement": {"batch_size": 64},
+        "gate": {"epochs": 2},
+        "sft": TRAINING,
+        "dpo": TRAINING,
+    }
+    return {**values, **changes}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_charts(tmp_path_factory.mktemp("charts") / "charts", 48)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data):
+    """A run of two rounds with all stages, from a YAML file by the command."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings(folder, data, sft_data=str(data), rounds=2)))
+    assert cli.main(["sr2se", "run", str(folder / "run.yaml")]) == 0
+    return folder
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+
+
+def done(run) -> dict[str, int]:
+    return {str(file.relative_to(run)): file.stat().st_mtime_ns for file in run.rglob("done.json")}
+
+
+def test_every_stage_of_every_round_leaves_what_the_next_one_starts_from(run):
+    summary = json.loads((run / "run" / "run.json").read_text())
+    rounds = [f"round-{n}/{stage}" for n in (1, 2) for stage in ("sft", "pairs", "gate", "dpo", "final_gate")]
+    assert list(summary["stages"]) == [name for name in rounds if name != "round-2/sft"]
+    assert summary["model"] == str(run / "run" / "round-2" / "dpo" / "model")
+    assert summary["gate"] == str(run / "run" / "round-2" / "final_gate" / "gate")
+    assert summary["stages"]["round-1/pairs"]["pairs"] == summary["stages"]["round-1/dpo"]["pairs"] > 0
+    for stage, starts_from in {
+        "round-1/pairs": "round-1/sft/model",
+        "round-1/dpo": "round-1/sft/model",
+        "round-2/pairs": "round-1/dpo/model",
+        "round-2/dpo": "round-1/dpo/model",
+        "round-2/final_gate": "round-1/dpo/model",
+    }.items():
+        marker = json.loads((run / "run" / stage / "done.json").read_text())
+        assert marker["settings"]["starts_from"] == str(run / "run" / starts_from)
+
+
+def test_each_training_stage_changes_the_language_model_alone(run):
+    """The authors' SFT stage trains nothing: it writes a configuration and saves the model untouched."""
+    models = [BASE, *(run / "run" / name / "model" for name in ("round-1/sft", "round-1/dpo", "round-2/dpo"))]
+    for before, after in zip(map(weights, models), map(weights, models[1:]), strict=False):
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert moved and all("language_model" in name for name in moved)
+
+
+def test_the_final_gate_is_fitted_on_the_final_model(run):
+    folder = run / "run" / "round-1"
+    states = [
+        torch.cat([load["hidden"] for load in map(_load, sorted((folder / stage / "rollouts").iterdir()))])
+        for stage in ("pairs", "final_gate")
+    ]
+    assert states[0].shape == states[1].shape and not torch.allclose(*states)
+    reports = json.loads((run / "run" / "run.json").read_text())["stages"]
+    assert reports["round-1/final_gate"]["model"].endswith("round-1/dpo/model")
+
+
+def _load(file):
+    from safetensors.torch import load_file
+
+    return load_file(str(file))
+
+
+def test_finished_stages_are_skipped_and_others_refused_with_other_settings(run):
+    before = done(run)
+    assert cli.main(["sr2se", "run", str(run / "run.yaml")]) == 0
+    assert done(run) == before
+    with pytest.raises(ValueError, match=r"Stage dpo of round 1 was done with other settings \(dpo\)"):
+        cli.main(["sr2se", "run", str(run / "run.yaml"), "--set", "dpo.learning_rate=1e-5"])
+
+
+def test_a_stage_alone_needs_its_forerunner(data, tmp_path):
+    config = SR2SEConfig(**settings(tmp_path, data))
+    with pytest.raises(FileNotFoundError, match="Stage pairs of round 1 is not done"):
+        run_pipeline(config, ["dpo"])
+    with pytest.raises(ValueError, match="Unknown stages"):
+        run_pipeline(config, ["train"])
+    assert list(run_pipeline(config, ["pairs"])["stages"]) == ["round-1/pairs"]
+
+
+def test_an_empty_pair_set_stops_before_training_with_the_reason(data, tmp_path):
+    config = SR2SEConfig(**settings(tmp_path, data))
+    run_pipeline(config, ["pairs"])
+    pairs = tmp_path / "run" / "round-1" / "pairs" / "pairs.jsonl"
+    pairs.write_text("")
+    with pytest.raises(ValueError, match="no preference pairs"):
+        run_pipeline(config, ["dpo"])
+    assert not (tmp_path / "run" / "round-1" / "dpo" / "model").exists()
+
+
+def test_a_folder_of_images_is_enough(data, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(data.parent, images, ignore=shutil.ignore_patterns("*.jsonl"))
+    config = settings(tmp_path, images, labels=False, refinement={"batch_size": 64, "min_agreement": 0.6})
+    summary = run_pipeline(SR2SEConfig(**config))
+    assert summary["stages"]["round-1/pairs"]["asked"] == 48
+    assert summary["stages"]["round-1/dpo"]["pairs"] > 0 and summary["gate"]
+
+
+def test_full_weights_can_be_trained(data, tmp_path):
+    config = SR2SEConfig(**settings(tmp_path, data, lora=None, sft_data=str(data)))
+    run_pipeline(config, ["sft", "pairs", "dpo"])
+    folder = tmp_path / "run" / "round-1"
+    assert not (folder / "dpo" / "adapter").exists()
+    before, after = weights(folder / "sft" / "model"), weights(folder / "dpo" / "model")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all("language_model" in name for name in moved)
+
+
+# Answering
+
+
+def test_one_image_is_answered_from_a_shell(run, data, capsys):
+    row = labelled_questions(VAL_SEEDS[:1])[0]
+    command = ["sr2se", "answer", str(run / "run"), "--image", str(data.parent / "000.png")]
+    assert cli.main([*command, "--question", row["question"]]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["question"] == row["question"] and result["description"] and 1 <= len(result["steps"]) <= 3
+    assert len(result["scores"]) == len(result["steps"])
+
+
+def test_a_file_is_answered_from_a_shell_and_what_is_broken_is_skipped(run, data, tmp_path, capsys):
+    source = data.with_name("questions.jsonl")
+    source.write_text(data.read_text() + '{"image": "gone.png", "question": "What?"}\n{\n')
+    output = tmp_path / "answers.jsonl"
+    command = ["sr2se", "answer", str(run / "run"), "--input", str(source), "--output", str(output)]
+    assert cli.main([*command, "--batch_size", "16"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert summary["answered"] == len(answers) == 48 and summary["skipped"] == 2
+    assert summary["mean_tokens"] == sum(answer["tokens"] for answer in answers) / 48
+    assert 0.2 < summary["accuracy"] < 1
+    reasoner = load_run(run / "run", batch_size=16)
+    alone = reasoner.generate(answers[5]["image_path"], answers[5]["question"])
+    assert [alone.answer, list(alone.steps)] == [answers[5]["answer"], answers[5]["steps"]]
+
+
+def test_half_a_command_is_refused(run):
+    with pytest.raises(SystemExit, match="--image and --question"):
+        cli.main(["sr2se", "answer", str(run / "run"), "--image", "a.png"])
+    with pytest.raises(FileNotFoundError, match=r"run\.json"):
+        cli.main(["sr2se", "answer", str(run), "--image", "a.png", "--question", "q"])
+
+
+def test_help_needs_no_torch(capsys, monkeypatch):
+    import subprocess
+
+    code = "import sys; from evolmm_trl import cli\ntry: cli.main(['sr2se', 'run', '--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--stage" in result.stdout and result.stdout.rstrip().endswith("False")
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [
+        ("dpo", {"betta": 1}),
+        ("gate", {"epoch": 1}),
+        ("refinement", {"n_max": 1}),
+        ("generation", {"batch": 1}),
+        ("lora", {"rank": 8}),
+        ("prompts", {"percept": "x"}),
+        ("labeller", {"n": 1}),
+        ("sft", {"lr": 1}),
+    ],
+)
+def test_an_unknown_name_in_a_section_is_said_before_the_first_stage(data, tmp_path, section, value):
+    with pytest.raises(ValueError, match=section):
+        SR2SEConfig(**settings(tmp_path, data, **{section: value}))
+
+
+def test_settings_that_cannot_work_are_refused(data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="`data` is 'nowhere'"):
+        SR2SEConfig(**settings(tmp_path, "nowhere"))
+    with pytest.raises(ValueError, match="load_in_4bit"):
+        SR2SEConfig(**settings(tmp_path, data, lora=None, load_in_4bit=True))
+    (tmp_path / "a.yaml").write_text("model: a\noutput_dir: b\nbatch: 3\n")
+    with pytest.raises(ValueError, match="batch"):
+        SR2SEConfig.from_file(tmp_path / "a.yaml")
+    with pytest.raises(ValueError, match="lacks .*data"):
+        SR2SEConfig.from_file(_without(tmp_path / "a.yaml", "batch: 3\n"))
+
+
+def _without(file: Path, text: str) -> Path:
+    file.write_text(file.read_text().replace(text, ""))
+    return file
+
+
+def test_numbers_with_an_exponent_are_numbers(data, tmp_path):
+    """YAML reads 5e-7 as text."""
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings(tmp_path, data)) + "seed: 7\n")
+    config = SR2SEConfig.from_file(tmp_path / "a.yaml", ["dpo.learning_rate=5e-7", "gate.epochs=3", "rounds=2"])
+    assert config.dpo["learning_rate"] == 5e-7 and config.gate["epochs"] == 3 and config.rounds == 2
+    assert config.seed == config.gate_config().seed == 7
+
+
+AUTHORS = {
+    "model": {
+        "model_name_or_path": BASE,
+        "use_flash_attention": False,
+        "bf16": False,
+        "gradient_checkpointing": True,
+        "lora_rank": 8,
+        "lora_alpha": 16,
+        "device_map": "auto",
+    },
+    "hsr_ee": {
+        "confidence_threshold": 0.6,
+        "max_reasoning_steps": 4,
+        "length_penalty_lambda": 0.2,
+        "confidence_head_hidden_dim": 128,
+        "adaptive_threshold": True,
+        "threshold_lr": 0.002,
+    },
+    "ipr": {
+        "max_refinement_iterations": 3,
+        "refinement_prompt_template": "'{perception}' was not enough. Look again.",
+        "discard_failed_samples": True,
+        "num_samples": 50,
+    },
+    "sr_dpo": {"beta": 0.2, "learning_rate": 5e-7, "batch_size": 8, "num_epochs": 3, "warmup_ratio": 0.1},
+    "sft": {"num_epochs": 1, "learning_rate": 5e-5, "batch_size": 4, "max_seq_length": 1024},
+    "output_dir": "out",
+    "sft_output_dir": "out/sft",
+    "logging_steps": 10,
+    "seed": 1,
+}
+
+
+def test_the_authors_json_is_read(data, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(AUTHORS))
+    config = SR2SEConfig.from_file(tmp_path / "a.json", [f"data={data}", "dpo.use_cpu=true", "sft.use_cpu=true"])
+    assert (config.model, config.dtype, config.attn_implementation) == (BASE, "float32", None)
+    assert (config.lora_config().r, config.lora_config().lora_alpha, config.max_steps) == (8, 16, 4)
+    gate, refinement = config.gate_config(), config.refinement_config()
+    assert (gate.threshold, gate.gate_size, gate.length_penalty, gate.threshold_learning_rate) == (
+        0.6,
+        128,
+        0.2,
+        0.002,
+    )
+    assert (refinement.max_refinements, refinement.max_rows) == (3, 50)
+    filled = config.sub_policy_prompts().fill("refinement", description="a bar", question="How many?")
+    assert filled == "'a bar' was not enough. Look again.\nQuestion: How many?"
+    dpo, sft = config.dpo_config(tmp_path), config.sft_config(tmp_path)
+    assert (dpo.beta, dpo.learning_rate, dpo.per_device_train_batch_size, dpo.warmup_steps) == (0.2, 5e-7, 8, 0.1)
+    assert (sft.learning_rate, sft.max_length, sft.logging_steps, dpo.logging_steps) == (5e-5, 1024, 10, 10)
+    assert config.seed == 1
+
+
+def test_an_unknown_name_in_the_authors_json_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({**AUTHORS, "ipr": {"iterations": 2}}))
+    with pytest.raises(ValueError, match=r"ipr\.iterations"):
+        SR2SEConfig.from_file(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_complete(recipe, data, monkeypatch):
+    config = SR2SEConfig.from_file(
+        recipe,
+        [f"data={data}", f"model={BASE}", "output_dir=out", "dtype=float32", "dpo.use_cpu=true", "sft.use_cpu=true"],
+    )
+    assert config.dpo_config(Path("out")).effective_batch_size == 64
