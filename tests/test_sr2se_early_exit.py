@@ -92,7 +92,7 @@ def test_the_loss_is_the_binary_cross_entropy_of_every_step():
     gate, made = ConfidenceGate(6).eval(), rollouts(10)
     p = gate(made.hidden)
     y = made.correct.float()
-    assert torch.allclose(gate_loss(gate, made), -(y * p.log() + (1 - y) * (1 - p).log()).mean())
+    assert torch.allclose(gate_loss(gate, made.hidden, made.correct), -(y * p.log() + (1 - y) * (1 - p).log()).mean())
 
 
 def test_labels_may_differ_from_step_to_step_so_that_the_gate_learns_when():
@@ -102,6 +102,23 @@ def test_labels_may_differ_from_step_to_step_so_that_the_gate_learns_when():
     assert (opens == held.correct).float().mean() > 0.95
     assert report["held_out_accuracy"] > 0.95 and report["held_out_ece"] < 0.1
     assert report["loss"][-1] < report["loss"][0]
+
+
+def test_a_gate_on_the_worth_of_stopping_leaves_questions_without_hope_at_once():
+    """Eq. 18 to 20; a gate on being right (Eq. 11) never opens for them."""
+    made = rollouts(600)
+    never = ~made.correct.any(1)
+    made.hidden[..., 1] = 3.0 * never[:, None]  # what can be told from the states
+    config = {"epochs": 40, "learn_threshold": False}
+    right, _ = train_gate(made, GateTrainingConfig(**config))
+    stop, report = train_gate(made, GateTrainingConfig(**config, target="stop"))
+    assert (right(made.hidden[never])[:, 0] > 0.7).float().mean() < 0.05
+    assert (stop(made.hidden[never])[:, 0] > 0.7).float().mean() > 0.95
+    solved = made.correct[:, 1] & ~made.correct[:, 0]
+    assert (stop(made.hidden[solved]) > 0.7).float().mean(0)[:2].tolist() == pytest.approx([0, 1], abs=0.1)
+    assert report["held_out_accuracy"] > 0.9
+    with pytest.raises(ValueError, match="target"):
+        GateTrainingConfig(target="wrong")
 
 
 def test_training_is_a_function_of_its_seed():

@@ -25,6 +25,7 @@ from evolmm_trl.sr2se.stopping import (
     optimal_stop,
     regret_bound,
     reliability,
+    stop_labels,
     stopping_values,
 )
 
@@ -54,6 +55,15 @@ def test_length_is_charged_once():
 def test_the_optimal_stop_is_where_the_reward_is_largest(rewards):
     assert rewards[optimal_stop(rewards) - 1] == max(rewards)
     assert optimal_stop(rewards) == rewards.index(max(rewards)) + 1
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=5), price)
+def test_stopping_is_right_where_no_later_step_earns_more(correct, length_penalty):
+    rewards = hsr_rewards(torch.zeros(len(correct)), torch.tensor(correct), length_penalty)
+    for row, labels in zip(rewards.tolist(), stop_labels(rewards).tolist(), strict=True):
+        exits, continues = stopping_values(row)
+        assert labels == [exit_ >= cont for exit_, cont in zip(exits, continues, strict=True)]
+        assert optimal_stop(row) == labels.index(True) + 1
 
 
 def test_the_greedy_rule_compares_the_marginal_gain_with_the_price():

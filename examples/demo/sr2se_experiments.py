@@ -55,7 +55,7 @@ from evolmm_trl.sr2se import (
     load_preferences,
     train_gate,
 )
-from evolmm_trl.sr2se.early_exit import is_right
+from evolmm_trl.sr2se.early_exit import gate_labels, is_right
 from evolmm_trl.sr2se.stopping import expected_calibration_error, reliability
 from evolmm_trl.sr2se.sub_policies import answer_of
 
@@ -70,7 +70,7 @@ WORK = ROOT / "runs" / "sr2se"  # images, rollouts and pairs between the jobs
 SUB_PROMPTS = SubPolicyPrompts(**json.loads((HERE / "sr2se_prompts.json").read_text()))
 SEEDS = (0, 1, 2, 3, 4)
 ROWS = 400  # charts per seed to learn from
-TEST = TEST_SEEDS[:600]
+TEST = TEST_SEEDS[:400]
 DEPTH = 5
 GATE = {"epochs": 60, "threshold_learning_rate": 0.02}
 
@@ -238,13 +238,21 @@ def _pair_result(report: dict, file: Path) -> dict:
     }
 
 
+# The gates that are compared: what differs from the defaults
+GATES = {
+    "right": ("gate on being right (Eq. 11), tau learned", {}),
+    "fixed": ("gate on being right, tau = 0.7", {"learn_threshold": False}),
+    "stop": ("gate on the worth of stopping (Eq. 18), tau learned", {"target": "stop"}),
+}
+
+
 def job_gate(seed: int) -> dict:
-    """A gate from the seed's rollouts, on the base's test questions."""
-    return _gate(WORK / f"labels-{seed}" / "rollouts", seed, base_measured(), base_policies())
+    """Gates from the seed's rollouts, on the base's test questions."""
+    return _gates(WORK / f"labels-{seed}" / "rollouts", seed, base_measured(), base_policies() if seed == 0 else None)
 
 
 def job_final_gate(seed: int) -> dict:
-    """After SR-DPO with labels: the gate fitted again, and the one from before, on the final model's test questions."""
+    """After SR-DPO with labels: gates fitted again, and those of before, on the final model's test questions."""
     model, processor = load_model(BASE)
     model = train_dpo(WORK / f"labels-{seed}" / "pairs.jsonl", seed, model, processor).model
     policies = policies_of(model, processor)
@@ -261,38 +269,42 @@ def job_final_gate(seed: int) -> dict:
     )
     measured = measure(policies, DEPTH)
     result = _depths(measured)
-    result["gate"] = _gate(folder / "rollouts", seed, measured, policies)
-    result["old_gate"] = _gate(WORK / f"labels-{seed}" / "rollouts", seed, measured, None)
+    result["new"] = _gates(folder / "rollouts", seed, measured)
+    result["old"] = _gates(WORK / f"labels-{seed}" / "rollouts", seed, measured)
     return result
 
 
-def _gate(rollout_folder: Path, seed: int, measured: dict, policies: SubPolicies | None) -> dict:
+def _gates(rollout_folder: Path, seed: int, measured: dict, policies: SubPolicies | None = None) -> dict:
     rollouts = GateRollouts.cat([GateRollouts.load(file) for file in sorted(rollout_folder.iterdir())])
-    gate, report = train_gate(rollouts, GateTrainingConfig(seed=seed, **GATE))
-    with torch.no_grad():
-        scores = gate(measured["hidden"])
-    opens = scores > gate.threshold
-    opens[:, -1] = True
-    stop = opens.int().argmax(1, keepdim=True)
-    result = {
-        "correct": bits(measured["correct"].gather(1, stop)[:, 0]),
-        "steps": "".join(str(k + 1) for k in stop[:, 0].tolist()),
-        "tokens": measured["tokens"].gather(1, stop).float().mean().item(),
-        "threshold": gate.threshold.item(),
-        "ece": expected_calibration_error(scores, measured["correct"]),
-        "reliability": reliability(scores, measured["correct"]),
-        "auc": _auc(scores, measured["correct"]),
-        "training": {name: report[name] for name in ("held_out_ece", "reward_before", "reward_after")},
-    }
-    if policies is not None:
-        # That this is what generation with the gate gives is checked on some questions.
-        rows = labelled_questions(TEST[:100])
-        made = EarlyExitReasoner(policies, gate, DEPTH).generate(
-            [row["image"] for row in rows], [row["question"] for row in rows]
-        )
-        same = [len(r.steps) == k + 1 for r, k in zip(made, stop[:100, 0].tolist(), strict=True)]
-        result["generated_steps_agree"] = float(np.mean(same))
-    return result
+    results = {}
+    for name, (_, changes) in GATES.items():
+        config = GateTrainingConfig(seed=seed, **GATE, **changes)
+        gate, report = train_gate(rollouts, config)
+        with torch.no_grad():
+            scores = gate(measured["hidden"])
+        opens = scores > gate.threshold
+        opens[:, -1] = True
+        stop = opens.int().argmax(1, keepdim=True)
+        labels = gate_labels(GateRollouts(measured["hidden"], measured["correct"], measured["visual"]), config)
+        results[name] = {
+            "correct": bits(measured["correct"].gather(1, stop)[:, 0]),
+            "steps": "".join(str(k + 1) for k in stop[:, 0].tolist()),
+            "tokens": measured["tokens"].gather(1, stop).float().mean().item(),
+            "threshold": gate.threshold.item(),
+            "ece": expected_calibration_error(scores, labels),
+            "reliability": [[round(x, 4), round(y, 4), n] for x, y, n in reliability(scores, labels)],
+            "auc": _auc(scores, labels),
+            "rewards": [report["reward_before"], report["reward_after"]],
+        }
+        if policies is not None and name == "stop":
+            # That this is what generation with the gate gives is checked on some questions.
+            rows = labelled_questions(TEST[:100])
+            made = EarlyExitReasoner(policies, gate, DEPTH).generate(
+                [row["image"] for row in rows], [row["question"] for row in rows]
+            )
+            same = [len(r.steps) == k + 1 for r, k in zip(made, stop[:100, 0].tolist(), strict=True)]
+            results["generated_steps_agree"] = float(np.mean(same))
+    return results
 
 
 def _auc(scores: torch.Tensor, correct: torch.Tensor) -> float:
@@ -487,53 +499,89 @@ def _of(results: dict, job: str) -> list[dict]:
 
 
 def gate_tables(results: dict) -> list[str]:
-    base, gates = results["base", 0], _of(results, "gate")
-    deepest = base[f"depth_{DEPTH}"]
-    whole = base[f"tokens_{DEPTH}"]
+    base = results["base", 0]
+    lines = ["On the base model:", ""]
+    lines += _gate_table([base] * len(SEEDS), [("", _of(results, "gate"))])
+    finals = _of(results, "final_gate")
+    if finals:
+        kinds = [
+            (", fitted again", [run["new"] for run in finals]),
+            (", from before SR-DPO", [run["old"] for run in finals]),
+        ]
+        lines += ["", "On the models after SR-DPO with labels:", "", *_gate_table(finals, kinds)]
+    rows = []
+    for title, gates in [
+        ("base", _of(results, "gate")),
+        ("after SR-DPO, fitted again", [run["new"] for run in finals]),
+    ]:
+        for name in GATES if gates else ():
+            runs = [gate[name] for gate in gates]
+            rows.append([title, GATES[name][0]])
+            for value in ("threshold", "ece", "auc"):
+                rows[-1].append(" ".join(f"{run[value]:.2f}" for run in runs))
+            rows[-1].append(" ".join(f"{run['rewards'][1] - run['rewards'][0]:+.2f}" for run in runs))
+    header = ["model", "gate", "tau", "calibration error (ECE)", "AUC", "change of the reward by learning tau"]
+    lines += ["", "Each gate, one number per seed; ECE and AUC on the test questions, all steps together:", ""]
+    lines += _table(header, rows)
+    agree = [gate["generated_steps_agree"] for gate in _of(results, "gate") if "generated_steps_agree" in gate]
+    lines += [
+        "",
+        f"Accuracies and tokens are read off one pass over all steps. Generation with the gate stopped at the same step on "
+        f"{100 * _mean(agree):.0f} % of 100 questions.",
+    ]
+    return lines
+
+
+def _gate_table(bases: list[dict], kinds: list[tuple[str, list[dict]]]) -> list[str]:
+    """Fixed depths and gates on models that may differ from seed to seed."""
+    whole = _mean(base[f"tokens_{DEPTH}"] for base in bases)
     rows = []
     for k in (1, 3, DEPTH):
-        accuracy, tokens = unbits(base[f"depth_{k}"]).mean(), base[f"tokens_{k}"]
-        difference = "-" if k == DEPTH else _fixed_points(base[f"depth_{k}"], deepest)
+        runs = [base[f"depth_{k}"] for base in bases]
+        difference = "-"
+        if k != DEPTH:
+            same = all(run == runs[0] for run in runs)
+            deepest = [base[f"depth_{DEPTH}"] for base in bases]
+            difference = _fixed_points(runs[0], deepest[0]) if same else _points(runs, deepest)
+        tokens = _mean(base[f"tokens_{k}"] for base in bases)
         rows.append(
             [
                 f"fixed depth {k}",
-                f"{accuracy:.3f}",
+                _accuracy(runs),
                 difference,
                 f"{k:.2f}",
                 f"{tokens:.1f}",
                 f"{100 * (tokens / whole - 1):+.0f} %",
             ]
         )
-    tokens = _mean(gate["tokens"] for gate in gates)
-    steps = _mean(np.mean([int(k) for k in gate["steps"]]) for gate in gates)
-    rows.append(
-        [
-            f"gate, {len(gates)} seeds",
-            f"{_mean(unbits(gate['correct']).mean() for gate in gates):.3f}",
-            _points([gate["correct"] for gate in gates], [deepest] * len(gates)),
-            f"{steps:.2f}",
-            f"{tokens:.1f}",
-            f"{100 * (tokens / whole - 1):+.0f} %",
-        ]
-    )
-    lines = _table(
-        ["", "accuracy", f"minus depth {DEPTH}, points", "steps", "generated tokens", f"tokens against depth {DEPTH}"],
-        rows,
-    )
-    names = ("threshold", "tokens", "ece", "auc", "generated_steps_agree")
-    cells = [[str(gate["seed"]), *(f"{gate[name]:.3f}" for name in names)] for gate in gates]
-    for row, gate in zip(cells, gates, strict=True):
-        row.append(f"{gate['training']['reward_before']:.3f} → {gate['training']['reward_after']:.3f}")
+    for suffix, gates in kinds:
+        for name, (title, _) in GATES.items() if gates else ():
+            runs = [gate[name] for gate in gates]
+            tokens = _mean(run["tokens"] for run in runs)
+            deepest = [base[f"depth_{DEPTH}"] for base in bases]
+            rows.append(
+                [
+                    title + suffix,
+                    _accuracy([run["correct"] for run in runs]),
+                    _points([run["correct"] for run in runs], deepest[: len(runs)]),
+                    f"{_mean(np.mean([int(k) for k in run['steps']]) for run in runs):.2f}",
+                    f"{tokens:.1f}",
+                    f"{100 * (tokens / whole - 1):+.0f} %",
+                ]
+            )
     header = [
-        "seed",
-        "tau",
-        "tokens",
-        "ECE",
-        "AUC",
-        "generation stops at the same step",
-        "reward, before → after tau is learned",
+        "",
+        "accuracy",
+        f"minus depth {DEPTH}, points",
+        "steps",
+        "generated tokens",
+        f"tokens against depth {DEPTH}",
     ]
-    return [*lines, "", "Each gate:", "", *_table(header, cells)]
+    return _table(header, rows)
+
+
+def _accuracy(runs: list[str]) -> str:
+    return f"{_mean(unbits(run).mean() for run in runs):.3f}"
 
 
 def _fixed_points(a: str, b: str) -> str:
@@ -660,13 +708,16 @@ def draw_reliability(results: dict) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(4.2, 4), layout="constrained")
-    axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-    for gate in _of(results, "gate"):
-        points = np.array(gate["reliability"])
-        axis.plot(points[:, 0], points[:, 1], marker="o", markersize=3, label=f"seed {gate['seed']}")
-    axis.set(xlabel="score of the gate", ylabel="share of right answers", title="Reliability on held-out questions")
-    axis.legend()
+    figure, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained")
+    for axis, name, label in zip(
+        axes, ("right", "stop"), ("right answers", "steps after which none earns more"), strict=True
+    ):
+        axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+        for gate in _of(results, "gate"):
+            points = np.array(gate[name]["reliability"])
+            axis.plot(points[:, 0], points[:, 1], marker="o", markersize=3, label=f"seed {gate['seed']}")
+        axis.set(xlabel="score of the gate", ylabel=f"share of {label}")
+    axes[0].legend()
     figure.savefig(DOCS / "sr2se_reliability.png", dpi=80)
     plt.close(figure)
 

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..answers import canonical_answer
-from .stopping import expected_calibration_error, hsr_rewards
+from .stopping import expected_calibration_error, hsr_rewards, stop_labels
 from .sub_policies import SubPolicies, SubPolicyPrompts, answer_of
 
 
@@ -130,6 +130,10 @@ class GateTrainingConfig:
     Args:
         gate_size (`int`, *optional*, defaults to `256`), dropout (`float`, *optional*, defaults to `0.1`):
             See [`ConfidenceGate`].
+        target (`str`, *optional*, defaults to `"right"`):
+            What the gate's score is the probability of. `"right"`: that steps 1..k lead to the right answer (Eq. 11).
+            `"stop"`: that no later step earns more (Eq. 18), so that a question without hope is left at once, where
+            `"right"` never opens for it.
         learning_rate (`float`, *optional*, defaults to `1e-3`):
             Of Adam, for the gate (authors' code).
         epochs (`int`, *optional*, defaults to `5`):
@@ -156,6 +160,7 @@ class GateTrainingConfig:
 
     gate_size: int = 256
     dropout: float = 0.1
+    target: str = "right"
     learning_rate: float = 1e-3
     epochs: int = 5
     batch_size: int = 64
@@ -171,13 +176,22 @@ class GateTrainingConfig:
     def __post_init__(self):
         if self.draws < 2:
             raise ValueError(f"`draws` is {self.draws}; expected at least 2: a depth is judged against the others.")
+        if self.target not in ("right", "stop"):
+            raise ValueError(f"`target` is {self.target!r}; expected 'right' or 'stop'.")
         if not 0 < self.held_out < 1:
             raise ValueError(f"`held_out` is {self.held_out}; expected a share strictly between 0 and 1.")
 
 
-def gate_loss(gate: ConfidenceGate, rollouts: GateRollouts) -> torch.Tensor:
-    """Binary cross-entropy of every step's score with whether steps 1..k lead to the right answer (Eq. 11)."""
-    return F.binary_cross_entropy_with_logits(gate.logits(rollouts.hidden), rollouts.correct.float())
+def gate_labels(rollouts: GateRollouts, config: GateTrainingConfig) -> torch.Tensor:
+    """What the score of every step should be, of shape `(n, K)`, bool; see `target`."""
+    if config.target == "right":
+        return rollouts.correct
+    return stop_labels(hsr_rewards(rollouts.visual, rollouts.correct, config.length_penalty))
+
+
+def gate_loss(gate: ConfidenceGate, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of every step's score with its label (Eq. 11); `hidden` `(n, K, size)`, `labels` `(n, K)`."""
+    return F.binary_cross_entropy_with_logits(gate.logits(hidden), labels.float())
 
 
 def exit_log_probs(scores: torch.Tensor, threshold: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -272,6 +286,7 @@ def train_gate(rollouts: GateRollouts, config: GateTrainingConfig | None = None)
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(rollouts), generator=generator)
     held, train = rollouts[order[:held_out]], rollouts[order[held_out:]]
+    labels = gate_labels(train, config)
     report = {"questions": len(rollouts), "held_out": held_out, "loss": [], "threshold": []}
 
     with torch.random.fork_rng():
@@ -282,7 +297,7 @@ def train_gate(rollouts: GateRollouts, config: GateTrainingConfig | None = None)
         for _ in range(config.epochs):
             losses = []
             for rows in torch.randperm(len(train), generator=generator).split(config.batch_size):
-                loss = gate_loss(gate, train[rows])
+                loss = gate_loss(gate, train.hidden[rows], labels[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -293,8 +308,9 @@ def train_gate(rollouts: GateRollouts, config: GateTrainingConfig | None = None)
     with torch.no_grad():
         scores = gate(held.hidden)
     rewards = hsr_rewards(held.visual, held.correct, config.length_penalty)
-    report["held_out_accuracy"] = ((scores > 0.5) == held.correct).float().mean().item()
-    report["held_out_ece"] = expected_calibration_error(scores, held.correct)
+    held_labels = gate_labels(held, config)
+    report["held_out_accuracy"] = ((scores > 0.5) == held_labels).float().mean().item()
+    report["held_out_ece"] = expected_calibration_error(scores, held_labels)
     report["reward_before"] = _hard_reward(scores, rewards, gate.threshold.item())
     if config.learn_threshold:
         optimizer = torch.optim.Adam([gate.threshold_logit], lr=config.threshold_learning_rate)

@@ -64,6 +64,22 @@ def stopping_values(rewards: Sequence[float]) -> tuple[list[float], list[float]]
     return exits, continues[::-1]
 
 
+def stop_labels(rewards: torch.Tensor) -> torch.Tensor:
+    """
+    Whether stopping after each step earns at least as much as stopping after any later one (Eq. 18 in hindsight). Where no
+    step earns anything, the first is the cheapest.
+
+    Args:
+        rewards (`torch.Tensor`):
+            Shape `(n, K)`, as [`hsr_rewards`] gives them.
+
+    Returns:
+        `torch.Tensor`: shape `(n, K)`, bool; the last column is true.
+    """
+    best_from = rewards.flip(1).cummax(1).values.flip(1)
+    return rewards >= best_from
+
+
 def optimal_stop(rewards: Sequence[float]) -> int:
     """The first step at which stopping is worth as much as going on (Eq. 18), counted from 1."""
     exits, continues = stopping_values(rewards)
