@@ -23,6 +23,7 @@ measure are disjoint. Each seed has charts of its own to learn from, and all are
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -41,6 +42,13 @@ from transformers import PrinterCallback
 
 from evolmm_trl import EvoLMMTrainer, RolePrompts, load_images
 from evolmm_trl.answers import canonical_answer
+from evolmm_trl.rewards import (
+    PROPOSER_ENTROPY_MEAN,
+    PROPOSER_ENTROPY_STD,
+    entropy_scale,
+    proposer_reward,
+    solver_rewards,
+)
 from evolmm_trl.sr2se import (
     AgreementLabeller,
     EarlyExitReasoner,
@@ -58,6 +66,7 @@ from evolmm_trl.sr2se import (
 from evolmm_trl.sr2se.early_exit import gate_labels, is_right
 from evolmm_trl.sr2se.stopping import expected_calibration_error, reliability
 from evolmm_trl.sr2se.sub_policies import answer_of
+from evolmm_trl.voting import is_settled, vote
 
 
 HERE = Path(__file__).parent
@@ -72,7 +81,7 @@ SEEDS = (0, 1, 2, 3, 4)
 ROWS = 400  # charts per seed to learn from
 TEST = TEST_SEEDS[:400]
 DEPTH = 5
-GATE = {"epochs": 60, "threshold_learning_rate": 0.02}
+GATE = {"epochs": 60}
 
 
 def policies_of(model, processor) -> SubPolicies:
@@ -240,9 +249,10 @@ def _pair_result(report: dict, file: Path) -> dict:
 
 # The gates that are compared: what differs from the defaults
 GATES = {
-    "right": ("gate on being right (Eq. 11), tau learned", {}),
+    "right": ("gate on being right (Eq. 11), tau learned, a step priced at 0.1", {}),
     "fixed": ("gate on being right, tau = 0.7", {"learn_threshold": False}),
     "stop": ("gate on the worth of stopping (Eq. 18), tau learned", {"target": "stop"}),
+    "cheap": ("the same, a step priced at 0.03", {"target": "stop", "length_penalty": 0.03}),
 }
 
 
@@ -315,14 +325,14 @@ def _auc(scores: torch.Tensor, correct: torch.Tensor) -> float:
     return ((order[right].sum() - n * (n + 1) / 2) / (n * m)).item()
 
 
-def train_dpo(pairs: Path, seed: int, model, processor, **changes):
+def train_dpo(pairs: Path, seed: int, model, processor, prompts=SUB_PROMPTS, **changes):
     """SR-DPO on a file of pairs, with LoRA; a thousandth of a real model's size, and a learning rate to match."""
     folder = WORK / "dpo"
     settings = {
-        "num_train_epochs": 4,
-        "per_device_train_batch_size": 32,
+        "num_train_epochs": 5,
+        "per_device_train_batch_size": 16,
         "gradient_accumulation_steps": 1,
-        "learning_rate": 1e-3,
+        "learning_rate": 5e-4,
         "logging_steps": 1,
         "gradient_checkpointing": False,
         "bf16": False,
@@ -335,7 +345,7 @@ def train_dpo(pairs: Path, seed: int, model, processor, **changes):
     trainer = SRDPOTrainer(
         model=model,
         args=SRDPOConfig(output_dir=str(folder), **{**settings, **changes}),
-        train_dataset=load_preferences(pairs, processor, SUB_PROMPTS),
+        train_dataset=load_preferences(pairs, processor, prompts),
         processing_class=processor,
         peft_config=demo_lora(),
     )
@@ -401,12 +411,14 @@ def job_base_solver(seed: int) -> dict:
     return {"solver": _solver(*load_model(BASE))}
 
 
-def _evolve(seed: int):
+def _evolve(seed: int) -> Path:
+    """EvoLMM on a seed's charts, which also writes its disagreements; the folder of its adapters."""
     model, processor = load_model(BASE)
     folder = WORK / f"evolmm-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
     trainer = EvoLMMTrainer(
         model=model,
-        args=demo_config(folder, seed=seed, max_steps=36),
+        args=demo_config(folder, seed=seed, max_steps=36, collect_preferences=True),
         train_dataset=load_images(labelled_file(seed).parent / "images", streaming=False),
         processing_class=processor,
         peft_config=demo_lora(),
@@ -414,15 +426,18 @@ def _evolve(seed: int):
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model()
+    return folder
+
+
+def _evolved(folder: Path):
     model, processor = load_model(BASE)
-    model = PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
-    shutil.rmtree(folder)
-    return model, processor
+    return PeftModel.from_pretrained(model, folder).merge_and_unload().eval(), processor
 
 
 def job_evolmm(seed: int) -> dict:
-    """EvoLMM alone, and then pairs without labels and SR-DPO from the evolved model."""
-    model, processor = _evolve(seed)
+    """EvoLMM alone, and from its model SR-DPO on pairs without labels, or on the disagreements that it collected."""
+    evolved = _evolve(seed)
+    model, processor = _evolved(evolved)
     alone = _scores(model, processor) | {"solver": _solver(model, processor)}
     folder = WORK / f"evolved-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -433,7 +448,63 @@ def job_evolmm(seed: int) -> dict:
     report = build_pairs(policies, images, folder / "pairs.jsonl", config, labeller=labeller)
     trainer = train_dpo(folder / "pairs.jsonl", seed, model, processor)
     both = _scores(trainer.model, processor) | {"solver": _solver(trainer.model, processor)}
-    return {"alone": alone, "both": both, **_pair_result(report, folder / "pairs.jsonl")}
+    result = {"alone": alone, "both": both, **_pair_result(report, folder / "pairs.jsonl")}
+    collected = [json.loads(line) for line in (evolved / "preferences.jsonl").read_text().splitlines()]
+    model, processor = _evolved(evolved)
+    trainer = train_dpo(evolved / "preferences.jsonl", seed, model, processor, prompts=RolePrompts(**PROMPTS))
+    scores = _scores(trainer.model, processor) | {"solver": _solver(trainer.model, processor)}
+    return result | {"collected": scores | {"pairs": len(collected), "training": _dpo_log(trainer)}}
+
+
+VOTES, TRAINED = 9, 5  # answers in all, and those that are always drawn, since they are trained on
+
+
+def job_votes(seed: int) -> dict:
+    """Votes that stop when the majority is settled, or when a gate trained without labels is sure, against all votes."""
+    policies = base_policies()
+    policies.batch_size = 50  # times nine answers
+    labeller = AgreementLabeller(policies, RolePrompts(**PROMPTS), num_answers=VOTES, max_answer_tokens=32)
+    rows = labelled_questions(EVOLVE_SEEDS[seed * ROWS : (seed + 1) * ROWS])
+    made = labeller.roll_out([row["image"] for row in rows], [row["question"] for row in rows], 2 * seed)
+    gate, report = train_gate(made, GateTrainingConfig(seed=seed, length_penalty=0.02, **GATE))
+    rows = labelled_questions(TEST)
+    asked = [row["image"] for row in rows], [row["question"] for row in rows]
+    groups = labeller.answer(*asked, 2 * seed + 1, with_hidden=True)
+    votes = [vote([canonical_answer(answer_of(completion)) for completion in group]) for group in groups]
+    truths = [canonical_answer(row["answer"]) for row in rows]
+    with torch.no_grad():
+        hidden = torch.stack([torch.stack([completion.hidden for completion in group]) for group in groups])
+        sure = (gate(hidden) > gate.threshold).tolist()
+    result = {"all": _votes_result(votes, votes, truths), "threshold": gate.threshold.item()}
+    result["ece"] = report["held_out_ece"]
+    for name, gated in (("settled", False), ("gate", True)):
+        stopped = []
+        for cast, opens in zip(votes, sure, strict=True):
+            answers = cast.answers[:TRAINED]
+            while not is_settled(vote(answers), VOTES - len(answers)) and not (gated and opens[len(answers) - 1]):
+                answers = cast.answers[: len(answers) + 1]
+            stopped.append(vote(answers))
+        result[name] = _votes_result(stopped, votes, truths)
+    return result
+
+
+def _rewards(cast) -> tuple[float, float]:
+    """The mean reward of the trained answers, with no length penalty, and that of the question."""
+    scale = entropy_scale(VOTES)
+    of_proposer = proposer_reward(cast.entropy, mean=PROPOSER_ENTROPY_MEAN * scale, std=PROPOSER_ENTROPY_STD * scale)
+    return float(np.mean(solver_rewards(cast, [0] * len(cast.answers))[:TRAINED])), of_proposer
+
+
+def _votes_result(votes: list, all_votes: list, truths: list[str]) -> dict:
+    """Per question: the majority's rightness, answers drawn, and what the rewards differ from those of all votes."""
+    differences = [np.subtract(_rewards(cast), _rewards(whole)) for cast, whole in zip(votes, all_votes, strict=True)]
+    return {
+        "right": bits(cast.majority == truth for cast, truth in zip(votes, truths, strict=True)),
+        "same": bits(cast.majority == whole.majority for cast, whole in zip(votes, all_votes, strict=True)),
+        "drawn": "".join(str(len(cast.answers)) for cast in votes),
+        "solver": [round(float(solver), 4) for solver, _ in differences],
+        "proposer": [round(float(proposer), 4) for _, proposer in differences],
+    }
 
 
 JOBS = {
@@ -449,6 +520,7 @@ JOBS = {
     "base_solver": (job_base_solver, (0,)),
     "evolmm": (job_evolmm, SEEDS),
     "dpo_normalized": (job_dpo_normalized, SEEDS),
+    "votes": (job_votes, SEEDS),
 }
 
 
@@ -478,11 +550,22 @@ def run(only: str | None) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _points(runs: list[str], others: list[str]) -> str:
-    """Mean difference of paired bits in points, with its 95 % interval over seeds and questions."""
+def _difference(runs: list[str], others: list[str]) -> tuple[float, float]:
+    """Mean difference of paired bits, with the half width of its 95 % interval over seeds and questions."""
     differences = np.stack([unbits(a).astype(float) - unbits(b) for a, b in zip(runs, others, strict=True)])
-    mean, half = interval(differences)
-    return f"{100 * mean:+.1f} ± {100 * half:.1f}"
+    if len(differences) > 1 and (differences == differences[0]).all():
+        # Runs that no seed changes: the interval is over questions alone
+        differences = differences[0]
+        return float(differences.mean()), float(1.96 * differences.std(ddof=1) / len(differences) ** 0.5)
+    return interval(differences)
+
+
+def _points(runs: list[str], others: list[str]) -> str:
+    return _in_points(*_difference(runs, others))
+
+
+def _in_points(mean: float, half: float) -> str:
+    return f"{100 * mean:+.1f}" + ("" if np.isnan(half) else f" ± {100 * half:.1f}")
 
 
 def _mean(values) -> float:
@@ -535,40 +618,26 @@ def gate_tables(results: dict) -> list[str]:
 def _gate_table(bases: list[dict], kinds: list[tuple[str, list[dict]]]) -> list[str]:
     """Fixed depths and gates on models that may differ from seed to seed."""
     whole = _mean(base[f"tokens_{DEPTH}"] for base in bases)
+
+    def cells(runs: list[str], steps: float, tokens: float, deepest: list[str]) -> list[str]:
+        mean, half = _difference(runs, deepest)
+        holds = "yes" if tokens <= 0.7 * whole and mean + half >= 0 else "-" if np.isnan(half) else "no"
+        difference = "-" if runs == deepest else _in_points(mean, half)
+        fewer = f"{100 * (tokens / whole - 1):+.0f} %"
+        return [_accuracy(runs), difference, f"{steps:.2f}", f"{tokens:.1f}", fewer, holds]
+
     rows = []
     for k in (1, 3, DEPTH):
         runs = [base[f"depth_{k}"] for base in bases]
-        difference = "-"
-        if k != DEPTH:
-            same = all(run == runs[0] for run in runs)
-            deepest = [base[f"depth_{DEPTH}"] for base in bases]
-            difference = _fixed_points(runs[0], deepest[0]) if same else _points(runs, deepest)
         tokens = _mean(base[f"tokens_{k}"] for base in bases)
-        rows.append(
-            [
-                f"fixed depth {k}",
-                _accuracy(runs),
-                difference,
-                f"{k:.2f}",
-                f"{tokens:.1f}",
-                f"{100 * (tokens / whole - 1):+.0f} %",
-            ]
-        )
+        rows.append([f"fixed depth {k}", *cells(runs, float(k), tokens, [base[f"depth_{DEPTH}"] for base in bases])])
     for suffix, gates in kinds:
         for name, (title, _) in GATES.items() if gates else ():
             runs = [gate[name] for gate in gates]
+            steps = _mean(np.mean([int(k) for k in run["steps"]]) for run in runs)
             tokens = _mean(run["tokens"] for run in runs)
-            deepest = [base[f"depth_{DEPTH}"] for base in bases]
-            rows.append(
-                [
-                    title + suffix,
-                    _accuracy([run["correct"] for run in runs]),
-                    _points([run["correct"] for run in runs], deepest[: len(runs)]),
-                    f"{_mean(np.mean([int(k) for k in run['steps']]) for run in runs):.2f}",
-                    f"{tokens:.1f}",
-                    f"{100 * (tokens / whole - 1):+.0f} %",
-                ]
-            )
+            deepest = [base[f"depth_{DEPTH}"] for base in bases[: len(runs)]]
+            rows.append([title + suffix, *cells([run["correct"] for run in runs], steps, tokens, deepest)])
     header = [
         "",
         "accuracy",
@@ -576,19 +645,13 @@ def _gate_table(bases: list[dict], kinds: list[tuple[str, list[dict]]]) -> list[
         "steps",
         "generated tokens",
         f"tokens against depth {DEPTH}",
+        "30 % fewer, accuracy held",
     ]
     return _table(header, rows)
 
 
 def _accuracy(runs: list[str]) -> str:
     return f"{_mean(unbits(run).mean() for run in runs):.3f}"
-
-
-def _fixed_points(a: str, b: str) -> str:
-    """Paired difference of two runs without seeds: the interval is over questions alone."""
-    difference = unbits(a).astype(float) - unbits(b)
-    half = 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
-    return f"{100 * difference.mean():+.1f} ± {100 * half:.1f}"
 
 
 def pair_tables(results: dict) -> list[str]:
@@ -669,6 +732,7 @@ def dpo_tables(results: dict) -> list[str]:
         ("SR-DPO with labels, winners by a coin (control)", _of(results, "dpo_swapped")),
         ("EvoLMM", [run["alone"] for run in _of(results, "evolmm")]),
         ("EvoLMM, then SR-DPO without labels", [run["both"] for run in _of(results, "evolmm")]),
+        ("EvoLMM, then SR-DPO on its disagreements", [run["collected"] for run in _of(results, "evolmm")]),
     ]
     for title, runs in arms:
         if not runs:
@@ -685,21 +749,82 @@ def dpo_tables(results: dict) -> list[str]:
             cells.append("")
         rows.append(cells)
     lines = _table(["", "seeds", *(title for _, title in metrics), "tokens", "solver's own answer"], rows)
-    both = _of(results, "evolmm")
-    if both:
+    evolved = _of(results, "evolmm")
+    if evolved:
         free = {run["seed"]: run for run in _of(results, "dpo_free")}
         rows = []
-        for title, other in (
-            ("EvoLMM alone", lambda r: r["alone"]),
-            ("SR-DPO without labels alone", lambda r: free[r["seed"]]),
+        for title, which, other in (
+            ("SR-DPO without labels, minus EvoLMM alone", "both", lambda run: run["alone"]),
+            ("SR-DPO without labels, minus it alone", "both", lambda run: free[run["seed"]]),
+            ("SR-DPO on the disagreements, minus EvoLMM alone", "collected", lambda run: run["alone"]),
         ):
-            cells = [
-                _points([run["both"][name] for run in both], [other(run)[name] for run in both]) for name, _ in metrics
-            ]
-            rows.append([title, *cells])
-        lines += ["", "EvoLMM and then SR-DPO, minus one of them alone, in points, paired by seed and question:", ""]
-        lines += _table(["", *(title for _, title in metrics)], rows)
+            cells = [title]
+            for name in (*(name for name, _ in metrics), "solver"):
+                others = [other(run) for run in evolved]
+                measured = all(name in run for run in others)
+                cells.append(
+                    _points([run[which][name] for run in evolved], [run[name] for run in others]) if measured else ""
+                )
+            rows.append(cells)
+        lines += ["", "EvoLMM and then SR-DPO, in points, paired by seed and question:", ""]
+        lines += _table(["after EvoLMM", *(title for _, title in metrics), "solver's own answer"], rows)
     return lines
+
+
+def exact_vote_rows() -> list[list[str]]:
+    """
+    What stopping settled votes does to the rewards, exactly: over all sequences of answers of which one has probability
+    p and the others are all alike, or all different.
+    """
+    rows = []
+    for p in (0.5, 0.6, 0.7, 0.8, 0.9):
+        row = [f"{p:.1f}"]
+        for alike in (True, False):
+            drawn = solver = proposer = 0.0
+            for sequence in itertools.product((True, False), repeat=VOTES):
+                answers = tuple("a" if first else "b" if alike else f"b{i}" for i, first in enumerate(sequence))
+                probability = np.prod([p if first else 1 - p for first in sequence])
+                n = TRAINED
+                while not is_settled(vote(answers[:n]), VOTES - n):
+                    n += 1
+                stopped, whole = _rewards(vote(answers[:n])), _rewards(vote(answers))
+                drawn += probability * n
+                solver += probability * (stopped[0] - whole[0])
+                proposer += probability * (stopped[1] - whole[1])
+            row += [f"{drawn:.2f}", f"{solver:+.3f}", f"{proposer:+.3f}"]
+        rows.append(row)
+    return rows
+
+
+def vote_tables(results: dict) -> list[str]:
+    others = [f"{name}, others {kind}" for kind in ("alike", "different") for name in ("drawn", "solver", "proposer")]
+    lines = [f"Exactly, for {VOTES} votes of which {TRAINED} are always drawn, by the probability of one answer:", ""]
+    lines += _table(["probability", *others], exact_vote_rows())
+    runs = _of(results, "votes")
+    if not runs:
+        return lines
+
+    def mean_and_half(name: str, key: str) -> str:
+        mean, half = interval(np.stack([np.array(run[name][key]) for run in runs]))
+        return f"{mean:+.3f}" + ("" if np.isnan(half) else f" ± {half:.3f}")
+
+    rows = []
+    for name, title in (
+        ("all", f"all {VOTES} answers"),
+        ("settled", "until the majority is settled"),
+        ("gate", "until it is settled or the gate is sure"),
+    ):
+        cells = [title, f"{_mean(np.mean([int(n) for n in run[name]['drawn']]) for run in runs):.2f}"]
+        cells.append(_accuracy([run[name]["right"] for run in runs]))
+        if name == "all":
+            rows.append([*cells, "-", "-", "-", "-"])
+            continue
+        cells.append(_points([run[name]["right"] for run in runs], [run["all"]["right"] for run in runs]))
+        cells.append(f"{_mean(unbits(run[name]['same']).mean() for run in runs):.3f}")
+        rows.append([*cells, mean_and_half(name, "solver"), mean_and_half(name, "proposer")])
+    header = ["votes are drawn", "answers drawn", "majority is right", "minus all, points", "same majority"]
+    lines += ["", "On the base model:", ""]
+    return lines + _table([*header, "solver's reward minus that of all", "proposer's"], rows)
 
 
 def draw_reliability(results: dict) -> None:
@@ -726,7 +851,7 @@ def report() -> None:
     """Writes the tables between the marks of docs/experiments/sr2se.md, and the reliability diagram."""
     results = read_results()
     text = PAGE.read_text()
-    for mark, tables in (("gate", gate_tables), ("pairs", pair_tables), ("dpo", dpo_tables)):
+    for mark, tables in (("gate", gate_tables), ("pairs", pair_tables), ("dpo", dpo_tables), ("votes", vote_tables)):
         begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
         before, rest = text.split(begin)
         text = before + begin + "\n" + "\n".join(tables(results)) + "\n" + end + rest.split(end)[1]
