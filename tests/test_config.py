@@ -38,6 +38,7 @@ DEFAULTS = {
     "max_question_length": 128,
     "extra_votes": 0,
     "image_root": None,
+    "early_votes": False,
     "max_pixels": 1280 * 28 * 28,
     "prompts": None,
     "reward": "continuous",
@@ -62,6 +63,8 @@ DEFAULTS = {
     "beta_max": 100.0,
     "proposer_beta": None,
     "proposer_kl_target": None,
+    "collect_preferences": False,
+    "preference_agreement": 0.8,
 }
 
 

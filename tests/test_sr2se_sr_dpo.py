@@ -168,8 +168,12 @@ def test_the_image_is_in_policy_and_reference(path, processor, pairs, monkeypatc
             ),
         )
     trainer.train()
-    for calls in given.values():
-        assert calls and all(torch.equal(kwargs["pixel_values"], calls[0]["pixel_values"]) for kwargs in calls[-1:])
+    # Before it, the policy has seen the batch and its negative, to check that pixels matter
+    policy, reference = given["policy"][-1], given["reference"][-1]
+    assert len(given["policy"]) == 3 and len(given["reference"]) == 1
+    assert len(policy["pixel_values"]) == len(batch["pixel_values"])
+    for name in ("pixel_values", "input_ids"):
+        assert torch.equal(policy[name], reference[name])
     other = {**batch, "pixel_values": batch["pixel_values"].flip(0)}
     trainer.model.eval()
     with torch.no_grad():
@@ -190,6 +194,21 @@ def test_a_batch_whose_pixels_do_not_matter_is_refused(path, processor, pairs, m
     monkeypatch.setattr(trainer.model, "forward", blind)
     with pytest.raises(ValueError, match="does not reach the loss"):
         trainer._compute_loss(trainer.model, batch, False)
+
+
+def test_dropout_does_not_hide_that_pixels_do_not_matter(path, processor, pairs, monkeypatch):
+    trainer = trainer_of(
+        path, processor, pairs, lora(lora_dropout=0.5, init_lora_weights=False), disable_dropout=False
+    )
+    original = trainer.model.forward
+    monkeypatch.setattr(
+        trainer.model,
+        "forward",
+        lambda **kwargs: original(**{**kwargs, "pixel_values": torch.zeros_like(kwargs["pixel_values"])}),
+    )
+    trainer.model.train()
+    with pytest.raises(ValueError, match="does not reach the loss"):
+        trainer._compute_loss(trainer.model, batch_of(trainer), False)
 
 
 @pytest.mark.parametrize("normalized", [False, True])

@@ -38,6 +38,9 @@ class EvoLMMConfig(GRPOConfig):
             Answers N per question that are voted on and trained on (EvoLMM: 5).
         extra_votes (`int`, *optional*, defaults to `0`):
             Answers per question that count in the vote and are not trained on. Votes cost generation only.
+        early_votes (`bool`, *optional*, defaults to `False`):
+            Draw the extra votes in turn, and no more of them once the majority cannot change or the trainer's `vote_gate`
+            is sure. The continuous rewards are then biased; the solver's discrete one is not, without a gate.
         max_completion_length (`int`, *optional*, defaults to `128`):
             Longest answer, in tokens (EvoLMM's code: 128).
         max_question_length (`int`, *optional*, defaults to `128`):
@@ -100,6 +103,11 @@ class EvoLMMConfig(GRPOConfig):
         proposer_beta (`float`, *optional*), proposer_kl_target (`float`, *optional*):
             The proposer's own `beta` and `kl_target`. `None`: the same as the solver's. The paper holds the proposer more
             loosely than the solver.
+        collect_preferences (`bool`, *optional*, defaults to `False`):
+            Write the solver's disagreements to `output_dir/preferences.jsonl`, as pairs for [`SRDPOTrainer`]: an answer of
+            the majority and one that differs.
+        preference_agreement (`float`, *optional*, defaults to `0.8`):
+            Smallest share of the majority at which a disagreement is written.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["prompts"]
@@ -150,6 +158,10 @@ class EvoLMMConfig(GRPOConfig):
     # Rollout
     extra_votes: int = field(
         default=0, metadata={"help": "Answers per question that count in the vote and are not trained on."}
+    )
+    early_votes: bool = field(
+        default=False,
+        metadata={"help": "Draw the extra votes in turn, until the majority cannot change or the vote gate is sure."},
     )
     max_question_length: int = field(default=128, metadata={"help": "Longest question, in tokens."})
     image_root: str | None = field(
@@ -225,6 +237,15 @@ class EvoLMMConfig(GRPOConfig):
     )
     proposer_kl_target: float | None = field(
         default=None, metadata={"help": "The proposer's own `kl_target`. `None`: the same."}
+    )
+
+    # Preference pairs
+    collect_preferences: bool = field(
+        default=False,
+        metadata={"help": "Write the solver's disagreements to output_dir/preferences.jsonl, as pairs for SR-DPO."},
+    )
+    preference_agreement: float = field(
+        default=0.8, metadata={"help": "Smallest share of the majority at which a disagreement is written."}
     )
 
     def __post_init__(self):
@@ -309,6 +330,7 @@ class EvoLMMConfig(GRPOConfig):
             ("proposer_entropy_std", "above 0", self.proposer_entropy_std is None or self.proposer_entropy_std > 0),
             ("baseline_momentum", "0 or more and below 1", 0 <= self.baseline_momentum < 1),
             ("proposer_update_every", "1 or more", self.proposer_update_every >= 1),
+            ("preference_agreement", "0 to 1", 0 <= self.preference_agreement <= 1),
         ):
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)}; expected {expected}.")
@@ -316,6 +338,17 @@ class EvoLMMConfig(GRPOConfig):
             band = list(self.agreement_band)
             if len(band) != 2 or not 0 <= band[0] <= band[1] <= 1:
                 raise ValueError(f"agreement_band={self.agreement_band}; expected two shares, 0 <= low <= high <= 1.")
+        if self.early_votes and self.extra_votes == 0:
+            raise ValueError(
+                "early_votes=True, but extra_votes=0: the answers that are trained on are all drawn, and only extra votes can "
+                "be spared. Set extra_votes."
+            )
+        most = (self.num_votes - 1) / self.num_votes
+        if self.collect_preferences and self.preference_agreement > most:
+            raise ValueError(
+                f"preference_agreement={self.preference_agreement}, but of {self.num_votes} answers that disagree at most a "
+                f"share of {most:.2f} can be the majority: no pair would ever be written. Lower it, or draw more answers."
+            )
         if self.baseline == "group" and self.train_proposer and self.images_per_step < 2:
             raise ValueError(
                 "baseline='group' compares the questions of a rollout with each other, but a rollout has 1 image. Raise "

@@ -25,6 +25,7 @@ from trl.trainer.utils import get_config_model_id
 _RECIPE = (
     "num_generations",
     "extra_votes",
+    "early_votes",
     "reward",
     "baseline",
     "loss_type",

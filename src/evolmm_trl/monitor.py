@@ -95,6 +95,31 @@ class Rollout:
             "trained_on": {"solver": self.solver_step, "proposer": self.proposer_step},
         }
 
+    def preference(self, min_agreement: float) -> dict | None:
+        """
+        The disagreement as a preference pair: the first completion with the majority's answer, and the first with another
+        readable one.
+
+        Args:
+            min_agreement (`float`):
+                Smallest share of the majority.
+
+        Returns:
+            `dict` or `None`: `question`, `ground_truth` (the majority's answer), `chosen`, `rejected` and `iteration` (0,
+            since nothing was refined). `None` if the answers agree, too few do, or the question is malformed.
+        """
+        vote = self.vote
+        if not self.question.well_formed or len(vote.counts) < 2 or vote.agreement < min_agreement:
+            return None
+        other = next(answer for answer in vote.answers if answer not in (None, vote.majority))
+        return {
+            "question": self.question.text,
+            "ground_truth": vote.majority,
+            "chosen": self.completions[vote.answers.index(vote.majority)],
+            "rejected": self.completions[vote.answers.index(other)],
+            "iteration": 0,
+        }
+
 
 def rollout_metrics(records: Sequence[dict]) -> dict[str, float]:
     """

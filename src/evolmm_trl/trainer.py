@@ -12,8 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import hashlib
 import json
 import logging
+import os
 import shutil
 import textwrap
 import time
@@ -75,7 +77,7 @@ from .role_adapters import (
     role_optimizer,
     vision_modules,
 )
-from .rollout.generation import generate, generate_shared, sample_seed, why_not_generated_shared
+from .rollout.generation import end_states, generate, generate_shared, sample_seed, why_not_generated_shared
 from .rollout.samples import (
     EncodedPrompt,
     ProposerCollator,
@@ -96,8 +98,9 @@ from .shared_prefix import (
     why_not_shared,
     with_features,
 )
+from .sr2se.early_exit import ConfidenceGate
 from .state import STATE_NAME, check_complete, last_complete_checkpoint, load_samples, save_samples
-from .voting import Vote, vote
+from .voting import Vote, is_settled, vote
 
 
 logger = logging.getLogger(__name__)
@@ -160,6 +163,9 @@ class EvoLMMTrainer(GRPOTrainer):
         peft_config ([`~peft.LoraConfig`] or `dict[str, LoraConfig]`, *optional*):
             LoRA configuration of both roles, or one per role under `"solver"` and `"proposer"`. If `None`, all weights
             are trained by both roles.
+        vote_gate ([`~evolmm_trl.sr2se.ConfidenceGate`], *optional*):
+            With `args.early_votes`: a gate trained on [`~evolmm_trl.sr2se.AgreementLabeller.roll_out`]. No more votes are
+            drawn where its score of the last answer is above its threshold.
 
     Raises:
         `ValueError`: if the model has no vision tower, the dataset no images, or the settings do not fit each other.
@@ -192,6 +198,7 @@ class EvoLMMTrainer(GRPOTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: LoraConfig | dict[str, LoraConfig] | None = None,
+        vote_gate: ConfidenceGate | None = None,
     ):
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
@@ -248,6 +255,13 @@ class EvoLMMTrainer(GRPOTrainer):
             self.reward_funcs, self.reward_func_names, self.reward_processing_classes = [], [], []
         self._set_up_roles(lora_configs, vision)
         self._set_up_sharing(vision)
+        if vote_gate is not None:
+            if not args.early_votes:
+                raise ValueError(
+                    "`vote_gate` is given, but early_votes=False: it would never be asked. Set early_votes."
+                )
+            vote_gate.check_fits(self.model)
+        self.vote_gate = vote_gate
         # Read once here, so that a missing column or an empty dataset is said now and not after the model is sharded
         self._images = readable_images(train_dataset, max_pixels=args.max_pixels, image_root=args.image_root)
 
@@ -257,6 +271,7 @@ class EvoLMMTrainer(GRPOTrainer):
         self.kl = {role: self._adaptive_kl(role) for role in ROLES}
         self.baselines = {role: EMABaseline(args.baseline_momentum) for role in ROLES}
         self.rollout_log = RolloutLog(Path(args.output_dir) / "rollouts.jsonl")
+        self.preference_log = RolloutLog(Path(args.output_dir) / "preferences.jsonl")
         self._pending_questions: list[Sample] = []  # asked since the proposer's last step
         self._micro_batches: list[list[_Part]] = []  # of the current optimizer step
         self._model_inputs = None  # of the current forward, for `_get_per_token_logps_and_entropies`
@@ -546,8 +561,36 @@ class EvoLMMTrainer(GRPOTrainer):
         prompts = encode_about(
             self.processing_class, conversations, question_prompts, images, **self.chat_template_kwargs
         )
-        ids = self._generate_role(model, SOLVER, prompts, self._seeds(SOLVER, rows, self.args.num_votes))
+        seeds = self._seeds(SOLVER, rows, self.args.num_votes)
+        if self.args.early_votes:
+            ids = self._vote_in_turn(model, prompts, seeds)
+        else:
+            ids = self._generate_role(model, SOLVER, prompts, seeds)
         return prompts, ids, [self._decode(group) for group in ids]
+
+    def _vote_in_turn(self, model, prompts: list[EncodedPrompt], seeds: list[list[int]]) -> list[list[list[int]]]:
+        """The trained answers, and extra votes one by one while the majority can change and the gate is not sure."""
+        n = self.args.num_generations
+        ids = self._generate_role(model, SOLVER, prompts, [group[:n] for group in seeds])
+        active = list(range(len(prompts)))
+        for drawn in range(n, self.args.num_votes):
+            votes = [vote([canonical_answer(read_answer(text).text) for text in self._decode(ids[i])]) for i in active]
+            remaining = self.args.num_votes - drawn
+            active = [i for i, cast in zip(active, votes, strict=True) if not is_settled(cast, remaining)]
+            if self.vote_gate is not None and active:
+                with self.roles.using(SOLVER):
+                    asked, last = [prompts[i] for i in active], [ids[i][-1] for i in active]
+                    scores = self.vote_gate(end_states(model, asked, last, self._tokenizer.pad_token_id))
+                sure = (scores > self.vote_gate.threshold).tolist()
+                active = [i for i, enough in zip(active, sure, strict=True) if not enough]
+            if not active:
+                break
+            further = self._generate_role(
+                model, SOLVER, [prompts[i] for i in active], [[seeds[i][drawn]] for i in active]
+            )
+            for i, (completion,) in zip(active, further, strict=True):
+                ids[i].append(completion)
+        return ids
 
     def _rewards(
         self, questions: list[Question], answers: list[list], votes: list[Vote]
@@ -906,8 +949,12 @@ class EvoLMMTrainer(GRPOTrainer):
         records = gather_object([rollout.record(self.state.global_step + 1) for rollout in rollouts])
         for name, value in rollout_metrics(records).items():
             self._log_train(name, value)
+        if self.args.early_votes:
+            self._log_train("votes", sum(len(record["answers"]) for record in records) / len(records))
         if self.accelerator.is_main_process:
             self.rollout_log.write(records)
+        if self.args.collect_preferences:
+            self._collect_preferences(rollouts, rows)
         if not self.log_completions:
             return
         n = self.args.num_generations
@@ -921,6 +968,28 @@ class EvoLMMTrainer(GRPOTrainer):
                 self._logs["advantages"].append(answer["advantage"])
                 if self.log_multimodal:
                     self._logs["images"].append(image)
+
+    def _collect_preferences(self, rollouts: list[Rollout], rows: list[dict]) -> None:
+        """Writes the disagreements of all processes, and their images, under names that their pixels give."""
+        folder = self.preference_log.path.parent
+        pairs = []
+        for rollout, row in zip(rollouts, rows, strict=True):
+            pair = rollout.preference(self.args.preference_agreement)
+            if pair is None:
+                continue
+            image = row["image"]
+            digest = hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).hexdigest()
+            file = folder / "preference_images" / f"{digest}.png"
+            if not file.is_file():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                temporary = file.with_suffix(f".{self.accelerator.process_index}.tmp")
+                image.save(temporary, "PNG")
+                os.replace(temporary, file)
+            pairs.append({"image_path": file.relative_to(folder).as_posix(), **pair})
+        pairs = gather_object(pairs)
+        self._log_train("preference_pairs", len(pairs))
+        if self.accelerator.is_main_process:
+            self.preference_log.write(pairs)
 
     def _log_train(self, name: str, value: float) -> None:
         self._metrics["train"][name].append(value)
@@ -1028,6 +1097,7 @@ class EvoLMMTrainer(GRPOTrainer):
                 "kl": {role: self.kl[role].state_dict() for role in ROLES},
                 "baselines": {role: self.baselines[role].state_dict() for role in ROLES},
                 "rollout_log_bytes": len(self.rollout_log),
+                "preference_log_bytes": len(self.preference_log),
                 "processes": self.accelerator.num_processes,
                 "images": self._image_order.state_dict(self.state.global_step),
             }
@@ -1126,6 +1196,8 @@ class EvoLMMTrainer(GRPOTrainer):
         )
         if self.accelerator.is_main_process:
             self.rollout_log.resume(state["rollout_log_bytes"])
+            if self.args.collect_preferences:
+                self.preference_log.resume(state.get("preference_log_bytes", 0))
 
 
 @dataclass(frozen=True)

@@ -87,3 +87,20 @@ def vote(answers: Sequence[str | None]) -> Vote:
         shares=tuple(counts[answer] / total if answer is not None else 0.0 for answer in answers),
         entropy=-sum(share * math.log(share) for share in shares) + 0.0,  # + 0.0 turns -0.0 into 0.0
     )
+
+
+def is_settled(vote: Vote, remaining: int) -> bool:
+    """
+    Whether a vote's majority stays what it is, whatever the answers still to come are.
+
+    Args:
+        vote ([`Vote`]):
+            The vote among the answers drawn so far.
+        remaining (`int`):
+            Answers still to be drawn.
+
+    Returns:
+        `bool`
+    """
+    first, second, *_ = [*vote.counts.values(), 0, 0]
+    return first - second > remaining

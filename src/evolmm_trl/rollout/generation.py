@@ -15,7 +15,9 @@
 """Sampling with transformers, each sample from a random stream of its own."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from transformers import (
@@ -236,6 +238,51 @@ def generate_shared(
         scores = output.logits[read]
     ids = iter(completions)
     return [[next(ids) for _ in group] for group in seeds]
+
+
+@contextmanager
+def last_states(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """
+    Collects what the LM head is given at the newest position, once per forward: the last layer's states after its norm,
+    of shape (rows, hidden size).
+    """
+    states = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, args: states.append(args[0][:, -1].detach()))
+    try:
+        yield states
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def end_states(
+    model: PreTrainedModel, prompts: Sequence[EncodedPrompt], completions: Sequence[Sequence[int]], pad_token_id: int
+) -> torch.Tensor:
+    """
+    The states from which the last tokens of completions were predicted, what a gate reads.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Unwrapped model in eval mode, with the role's adapter active.
+        prompts (`Sequence[EncodedPrompt]`), completions (`Sequence[Sequence[int]]`):
+            Prompts with their pixels, and the token ids of one completion of each.
+        pad_token_id (`int`):
+            Padding token.
+
+    Returns:
+        `torch.Tensor`: shape (rows, hidden size), float32, on the CPU.
+    """
+    rows = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        before = torch.tensor(completion[:-1], dtype=torch.long)
+        types = prompt.mm_token_type_ids
+        types = None if types is None else torch.nn.functional.pad(types, (0, len(before)))
+        rows.append(replace(prompt, input_ids=torch.cat([prompt.input_ids, before]), mm_token_type_ids=types))
+    batch = {name: tensor.to(model.device) for name, tensor in collate_prompts(rows, pad_token_id).items()}
+    with last_states(model) as states:
+        model(**batch, use_cache=False, logits_to_keep=1)
+    return states[0].float().cpu()
 
 
 class _RoomyLayer(DynamicLayer):

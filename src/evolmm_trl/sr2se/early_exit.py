@@ -71,16 +71,42 @@ class ConfidenceGate(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """g_phi of hidden states of shape `(..., hidden_size)`, of shape `(...)`."""
-        if hidden.shape[-1] != self.sizes["hidden_size"]:
-            raise ValueError(
-                f"The gate was made for hidden states of size {self.sizes['hidden_size']}, but the model's have size "
-                f"{hidden.shape[-1]}. Train a gate for this model."
-            )
         return self.mlp(hidden).squeeze(-1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores in (0, 1) of hidden states of shape `(..., hidden_size)`, of shape `(...)` (Eq. 10)."""
         return self.logits(hidden).sigmoid()
+
+    def save_pretrained(self, folder: str | Path, **settings) -> None:
+        """Writes the gate and its threshold as safetensors, and its sizes and other `settings` as JSON."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.state_dict(), str(folder / _WEIGHTS))
+        (folder / _CONFIG).write_text(json.dumps({**self.sizes, **settings}, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "ConfidenceGate":
+        """Reads what [`ConfidenceGate.save_pretrained`] wrote, in eval mode."""
+        config = _read_config(folder)
+        gate = cls(config["hidden_size"], config["gate_size"], config["dropout"])
+        gate.load_state_dict(load_file(str(Path(folder) / _WEIGHTS)))
+        return gate.eval()
+
+    def check_fits(self, model) -> None:
+        """Raises a `ValueError` if the model's hidden states have another size than those the gate was made for."""
+        hidden_size = model.config.get_text_config().hidden_size
+        if hidden_size != self.sizes["hidden_size"]:
+            raise ValueError(
+                f"The gate was made for hidden states of size {self.sizes['hidden_size']}, but the model's have size "
+                f"{hidden_size}. Train a gate for this model."
+            )
+
+
+def _read_config(folder: str | Path) -> dict:
+    file = Path(folder) / _CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no gate in {str(folder)!r}: it has no {_CONFIG}.")
+    return json.loads(file.read_text())
 
 
 @dataclass(frozen=True)
@@ -142,8 +168,9 @@ class GateTrainingConfig:
             Questions per step.
         threshold (`float`, *optional*, defaults to `0.7`):
             Initial tau (paper).
-        threshold_learning_rate (`float`, *optional*, defaults to `1e-3`):
-            Of Adam, for the logit of tau (authors' code).
+        threshold_learning_rate (`float`, *optional*, defaults to `0.02`):
+            Of Adam, for the logit of tau. A step moves it by about as much, and there are few steps: at the 1e-3 of the
+            authors' code tau stays where it starts.
         learn_threshold (`bool`, *optional*, defaults to `True`):
             Whether tau is learned at all.
         exit_temperature (`float`, *optional*, defaults to `0.1`):
@@ -165,7 +192,7 @@ class GateTrainingConfig:
     epochs: int = 5
     batch_size: int = 64
     threshold: float = 0.7
-    threshold_learning_rate: float = 1e-3
+    threshold_learning_rate: float = 0.02
     learn_threshold: bool = True
     exit_temperature: float = 0.1
     draws: int = 8
@@ -388,12 +415,8 @@ class EarlyExitReasoner:
         self.policies = policies
         self.gate = gate.eval() if gate is not None else None
         self.max_steps = max_steps
-        hidden_size = policies.model.config.get_text_config().hidden_size
-        if gate is not None and gate.sizes["hidden_size"] != hidden_size:
-            raise ValueError(
-                f"The gate was made for hidden states of size {gate.sizes['hidden_size']}, but the model's have size "
-                f"{hidden_size}. Train a gate for this model."
-            )
+        if gate is not None:
+            gate.check_fits(policies.model)
 
     @torch.no_grad()
     def generate(self, images, questions: str | Sequence[str]) -> "Reasoning | list[Reasoning]":
@@ -475,16 +498,7 @@ class EarlyExitReasoner:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the gate with its threshold, the number of steps and the prompts, as safetensors and JSON."""
-        self.save_gate(folder, self.gate, self.max_steps, self.policies.prompts)
-
-    @staticmethod
-    def save_gate(folder: str | Path, gate: ConfidenceGate, max_steps: int, prompts: SubPolicyPrompts) -> None:
-        """[`EarlyExitReasoner.save_pretrained`] without a model."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(gate.state_dict(), str(folder / _WEIGHTS))
-        config = {**gate.sizes, "max_steps": max_steps, "prompts": prompts.to_dict()}
-        (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        self.gate.save_pretrained(folder, max_steps=self.max_steps, prompts=self.policies.prompts.to_dict())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model, processor, **kwargs) -> "EarlyExitReasoner":
@@ -499,14 +513,9 @@ class EarlyExitReasoner:
             **kwargs:
                 For [`SubPolicies`], such as `batch_size`.
         """
-        folder = Path(folder)
-        if not (folder / _CONFIG).is_file():
-            raise FileNotFoundError(f"There is no gate in {str(folder)!r}: it has no {_CONFIG}.")
-        config = json.loads((folder / _CONFIG).read_text())
-        gate = ConfidenceGate(config["hidden_size"], config["gate_size"], config["dropout"])
-        gate.load_state_dict(load_file(str(folder / _WEIGHTS)))
+        config = _read_config(folder)
         policies = SubPolicies(model, processor, SubPolicyPrompts.from_dict(config["prompts"]), **kwargs)
-        return cls(policies, gate, config["max_steps"])
+        return cls(policies, ConfidenceGate.from_pretrained(folder), config["max_steps"])
 
 
 def is_right(answer: str | None, truth: str) -> bool:

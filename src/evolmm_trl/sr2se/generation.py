@@ -14,15 +14,16 @@
 
 """Completions of a vision-language model for many prompts at once, with or without images."""
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
 from PIL import Image
 from transformers import GenerationConfig
+
+from ..rollout.generation import last_states
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,6 @@ class Completion:
 def process_state() -> PartialState:
     """The processes of this run, launched or not, and this one's device; without an accelerator they talk over gloo."""
     return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def seed_of(*key: str | int) -> int:
-    """A 63-bit seed that depends on the key alone."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def user_message(text: str, with_image: bool, system: str | None = None) -> list[dict]:
@@ -161,24 +156,12 @@ def generate(
                 padding_side="left",
                 return_tensors="pt",
             ).to(model.device)
-            with torch.inference_mode(), _last_states(model) if with_hidden else nullcontext([]) as states:
+            with torch.inference_mode(), last_states(model) if with_hidden else nullcontext([]) as states:
                 output = model.generate(**inputs, generation_config=config)
             flat = _read(output[:, inputs["input_ids"].shape[1] :], states, ends, processor)
             completions += [flat[i : i + samples] for i in range(0, len(flat), samples)]
     model.train(was_training)
     return completions
-
-
-@contextmanager
-def _last_states(model) -> Iterator[list[torch.Tensor]]:
-    """What the LM head is given at the newest position, once per decoding step, each of shape (rows, hidden_size)."""
-    states = []
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, args: states.append(args[0][:, -1].detach()))
-    try:
-        yield states
-    finally:
-        hook.remove()
 
 
 def _read(ids: torch.Tensor, states: list[torch.Tensor], ends: list[int], processor) -> list[Completion]:

@@ -564,7 +564,8 @@ class _Run:
         gate, report = train_gate(
             GateRollouts.cat([GateRollouts.load(file) for file in files]), self.config.gate_config()
         )
-        EarlyExitReasoner.save_gate(folder / "gate", gate, self.config.max_steps, self.config.sub_policy_prompts())
+        prompts = self.config.sub_policy_prompts().to_dict()
+        gate.save_pretrained(folder / "gate", max_steps=self.config.max_steps, prompts=prompts)
         return {**report, "model": model}
 
     def _train(self, trainer, base: str, folder: Path) -> None:

@@ -29,15 +29,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from ..answers import canonical_answer
 from ..data import UnreadableImageError
 from ..prompts import RolePrompts, read_answer, read_question
+from ..rollout.generation import sample_seed
 from ..voting import Vote, vote
-from .early_exit import EarlyExitReasoner, is_right
-from .generation import generate, process_state, seed_of
+from .early_exit import EarlyExitReasoner, GateRollouts, is_right
+from .generation import Completion, generate, process_state
 from .rows import BadRow, Row, read_rows, warn_of
 from .sub_policies import SubPolicies, answer_of
 
@@ -145,11 +147,45 @@ class AgreementLabeller:
 
     def vote(self, images: Sequence, questions: Sequence[str], seed: int) -> list[Vote]:
         """The vote of N answers to each question."""
-        conversations = [self.prompts.solver_messages(self.policies.clean(question)) for question in questions]
-        groups = self._generate(conversations, images, self.max_answer_tokens, self.num_answers, seed)
+        groups = self.answer(images, questions, seed)
         return [vote([canonical_answer(answer_of(completion)) for completion in group]) for group in groups]
 
-    def _generate(self, conversations, images, max_new_tokens, samples, seed):
+    def roll_out(
+        self, images: Sequence, questions: Sequence[str], seed: int, truths: Sequence[str] | None = None
+    ) -> GateRollouts:
+        """
+        What a gate on the vote learns from: the state at the end of each of the N answers, and whether the majority of
+        the answers up to it is right.
+
+        Args:
+            images (`Sequence`), questions (`Sequence[str]`):
+                One image per question.
+            seed (`int`):
+                Of the answers.
+            truths (`Sequence[str]`, *optional*):
+                The answers. Without them the majority of all N counts as right.
+
+        Returns:
+            [`GateRollouts`], with an answer in the place of a step.
+        """
+        groups = self.answer(images, questions, seed, with_hidden=True)
+        read = [[canonical_answer(answer_of(completion)) for completion in group] for group in groups]
+        right = [vote(answers).majority for answers in read] if truths is None else map(canonical_answer, truths)
+        correct = [
+            [truth is not None and vote(answers[:k]).majority == truth for k in range(1, self.num_answers + 1)]
+            for answers, truth in zip(read, right, strict=True)
+        ]
+        hidden = [torch.stack([completion.hidden for completion in group]) for group in groups]
+        return GateRollouts(torch.stack(hidden), torch.tensor(correct), torch.zeros(len(groups), dtype=torch.bool))
+
+    def answer(
+        self, images: Sequence, questions: Sequence[str], seed: int, with_hidden: bool = False
+    ) -> list[list[Completion]]:
+        """N answers to each question."""
+        conversations = [self.prompts.solver_messages(self.policies.clean(question)) for question in questions]
+        return self._generate(conversations, images, self.max_answer_tokens, self.num_answers, seed, with_hidden)
+
+    def _generate(self, conversations, images, max_new_tokens, samples, seed, with_hidden=False):
         return generate(
             self.policies.model,
             self.policies.processor,
@@ -160,6 +196,7 @@ class AgreementLabeller:
             temperature=self.temperature,
             seed=seed,
             batch_size=self.policies.batch_size,
+            with_hidden=with_hidden,
         )
 
 
@@ -398,7 +435,7 @@ class PairMaker:
         )
 
     def _seed(self, *key: str | int) -> int:
-        return seed_of(self.config.seed, *key)
+        return sample_seed(repr((self.config.seed, *key)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

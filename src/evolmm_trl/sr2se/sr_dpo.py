@@ -32,6 +32,7 @@ from trl import DPOConfig, DPOTrainer
 
 from ..data import UnreadableImageError, decode_image
 from ..processing import load_processor
+from ..prompts import RolePrompts, without_marks
 from ..role_adapters import keep_adapters_precise, vision_tower, vision_tower_name
 from .generation import chat_texts
 from .rows import BadRow, warn_of
@@ -46,12 +47,12 @@ _FIELDS = ("image_path", "question", "chosen", "rejected")
 def load_preferences(
     files: "str | Path | Sequence[str | Path]",
     processor: ProcessorMixin,
-    prompts: SubPolicyPrompts | None = None,
+    prompts: SubPolicyPrompts | RolePrompts | None = None,
     max_pixels: int | None = 1_003_520,
 ) -> Dataset:
     """
-    Preference pairs as [`SRDPOTrainer`] takes them. The prompt is the perception prompt that the descriptions were
-    written for, token by token. A line that is broken, lacks a field or names a missing image is skipped, counted and
+    Preference pairs as [`SRDPOTrainer`] takes them. The prompt is the one that the pairs were written for, token by token:
+    the perception prompt, or the solver's for what [`EvoLMMTrainer`] collects. A line that is broken, lacks a field or names a missing image is skipped, counted and
     named in the log.
 
     Args:
@@ -60,8 +61,8 @@ def load_preferences(
             `chosen` and `rejected`. Other fields are not looked at.
         processor ([`~transformers.ProcessorMixin`]):
             The model's processor, for its chat template.
-        prompts ([`SubPolicyPrompts`], *optional*):
-            The prompts that the pairs were made with.
+        prompts ([`SubPolicyPrompts`] or [`RolePrompts`], *optional*):
+            The prompts that the pairs were made with. [`RolePrompts`] for `preferences.jsonl` of [`EvoLMMTrainer`].
         max_pixels (`int` or `None`, *optional*, defaults to `1003520`):
             Images with more pixels are made smaller, as for the sub-policies.
 
@@ -85,7 +86,7 @@ def load_preferences(
                     warn_of(BadRow(number, f"{file.name}:{number + 1}", reason), skipped.total())
                     skipped[reason] += 1
                     continue
-                conversation = perception_conversation(prompts, pair["question"], processor)
+                conversation = _conversation(prompts, pair["question"], processor)
                 prompt, chosen = chat_texts(processor, conversation, pair["chosen"])
                 _, rejected = chat_texts(processor, conversation, pair["rejected"])
                 rows.append({"image": pair["image"], "prompt": prompt, "chosen": chosen, "rejected": rejected})
@@ -97,6 +98,12 @@ def load_preferences(
             "refinement ever."
         )
     return decoding_images(Dataset.from_list(rows), max_pixels)
+
+
+def _conversation(prompts: SubPolicyPrompts | RolePrompts, question: str, processor: ProcessorMixin) -> list[dict]:
+    if isinstance(prompts, RolePrompts):
+        return prompts.solver_messages(without_marks(question, processor.tokenizer.all_special_tokens))
+    return perception_conversation(prompts, question, processor)
 
 
 def _read_pair(line: bytes, folder: Path) -> tuple[dict, str | None]:
@@ -317,16 +324,20 @@ class SRDPOTrainer(DPOTrainer):
             raise ValueError(
                 f"The batch has no `pixel_values`, only {sorted(inputs)}: the model would not see the image."
             )
-        other = {**inputs, "pixel_values": -inputs["pixel_values"] + 1}
+        other = {**inputs, "pixel_values": 1.0 - inputs["pixel_values"]}
+        # Without dropout, which would make any two forwards differ and shift the random stream of a resumed run
+        training = model.training
+        model.eval()
         with torch.no_grad():
-            seen, changed = (self._chosen_log_probs(model, batch) for batch in (inputs, other))
+            seen, changed = (self._log_probs(model, batch) for batch in (inputs, other))
+        model.train(training)
         if torch.equal(seen, changed):
             raise ValueError(
                 "Other pixels give the same log-probabilities: the image does not reach the loss. Check the model's "
                 "processor and chat template."
             )
 
-    def _chosen_log_probs(self, model, inputs) -> torch.Tensor:
+    def _log_probs(self, model, inputs) -> torch.Tensor:
         model_inputs = {k: v for k, v in inputs.items() if k != "completion_mask"}
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         return model(**model_inputs, labels=labels, fused_lm_head=True, use_cache=False).log_probs
