@@ -17,7 +17,6 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from transformers import (
@@ -35,7 +34,7 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..shared_prefix import heads_per_key_head, image_arguments, prompt_positions
-from .samples import EncodedPrompt, collate_prompts, pad_prompts
+from .samples import EncodedPrompt, collate_prompts, continued, pad_prompts
 
 
 # What `generate_shared` reads of a generation config. The others that a config may name change nothing here
@@ -273,12 +272,7 @@ def end_states(
     Returns:
         `torch.Tensor`: shape (rows, hidden size), float32, on the CPU.
     """
-    rows = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        before = torch.tensor(completion[:-1], dtype=torch.long)
-        types = prompt.mm_token_type_ids
-        types = None if types is None else torch.nn.functional.pad(types, (0, len(before)))
-        rows.append(replace(prompt, input_ids=torch.cat([prompt.input_ids, before]), mm_token_type_ids=types))
+    rows = [continued(prompt, ids[:-1]) for prompt, ids in zip(prompts, completions, strict=True)]
     batch = {name: tensor.to(model.device) for name, tensor in collate_prompts(rows, pad_token_id).items()}
     with last_states(model) as states:
         model(**batch, use_cache=False, logits_to_keep=1)

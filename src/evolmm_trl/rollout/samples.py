@@ -281,6 +281,16 @@ def collate_samples(samples: Sequence[Sample], pad_token_id: int) -> dict[str, t
     return {**batch, "model_inputs": inputs}
 
 
+def continued(prompt: EncodedPrompt, ids: Sequence[int]) -> EncodedPrompt:
+    """A prompt with tokens of a completion behind it."""
+    token_inputs = {}
+    for name, tensor in prompt.token_inputs.items():
+        last = tensor[-1:] if name in _TOKEN_MASKS else tensor.new_zeros(1, *tensor.shape[1:])
+        token_inputs[name] = torch.cat([tensor, last.expand(len(ids), *tensor.shape[1:])])
+    input_ids = torch.cat([prompt.input_ids, torch.tensor(ids, dtype=prompt.input_ids.dtype)])
+    return replace(prompt, input_ids=input_ids, token_inputs=token_inputs)
+
+
 def split_evenly(samples: Sequence, parts: int, group_size: int = 1) -> list[list]:
     """
     Splits samples, in order, into this many parts of about equal size. Groups stay whole, unless there are fewer groups

@@ -39,12 +39,12 @@ from trl import SFTConfig, SFTTrainer
 
 from ..processing import load_processor
 from ..prompts import RolePrompts
-from ..role_adapters import keep_adapters_precise, vision_tower, vision_tower_name
+from ..role_adapters import keep_adapters_precise, vision_modules
 from .early_exit import EarlyExitReasoner, GateRollouts, GateTrainingConfig, train_gate
 from .generation import chat_texts, process_state, user_message
 from .refinement import AgreementLabeller, RefinementConfig, build_pairs
 from .rows import Row, read_rows, warn_of
-from .sr_dpo import SRDPOConfig, SRDPOTrainer, decoding_images, load_preferences, without_module
+from .sr_dpo import SRDPOConfig, SRDPOTrainer, decoding_images, load_preferences, without_modules
 from .sub_policies import SubPolicies, SubPolicyPrompts
 
 
@@ -465,11 +465,12 @@ class _Run:
         args = config.sft_config(folder / "trainer")
         processor = load_processor(config.model)
         dataset, skipped = _sft_dataset(config.sft_data, processor, config.generation)
-        tower = vision_tower_name(config.model, args.trust_remote_code, None)
+        vision = vision_modules(config.model, args.trust_remote_code)
         model = config.model
         if config.lora is None:
             model = AutoModelForImageTextToText.from_pretrained(config.model, **config.model_kwargs())
-            vision_tower(model)[1].requires_grad_(False)
+            for name in vision:
+                model.get_submodule(name).requires_grad_(False)
             args.model_init_kwargs = None
         trainer = SFTTrainer(
             model=model,
@@ -477,7 +478,7 @@ class _Run:
             train_dataset=dataset,
             processing_class=processor,
             quantization_config=config.quantization_config(),
-            peft_config=without_module(config.lora_config(), tower),
+            peft_config=without_modules(config.lora_config(), vision),
         )
         if isinstance(trainer.model, PeftModel):
             keep_adapters_precise(trainer.model)

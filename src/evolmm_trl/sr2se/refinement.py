@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 
 from ..answers import canonical_answer
 from ..data import UnreadableImageError
+from ..processing import special_tokens
 from ..prompts import RolePrompts, read_answer, read_question
 from ..rollout.generation import sample_seed
 from ..voting import Vote, vote
@@ -141,8 +142,8 @@ class AgreementLabeller:
         """A question about each image; `None` where the model wrote none that is well formed."""
         conversations = [self.prompts.proposer_messages() for _ in images]
         groups = self._generate(conversations, images, self.max_question_tokens, 1, seed)
-        special_tokens = self.policies.processor.tokenizer.all_special_tokens
-        read = [read_question(group[0].text, self.prompts.default_question, special_tokens) for group in groups]
+        marks = special_tokens(self.policies.processor.tokenizer)
+        read = [read_question(group[0].text, self.prompts.default_question, marks) for group in groups]
         return [question.text if question.well_formed else None for question in read]
 
     def vote(self, images: Sequence, questions: Sequence[str], seed: int) -> list[Vote]:

@@ -31,9 +31,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin, Tr
 from trl import DPOConfig, DPOTrainer
 
 from ..data import UnreadableImageError, decode_image
-from ..processing import load_processor
+from ..processing import load_processor, special_tokens
 from ..prompts import RolePrompts, without_marks
-from ..role_adapters import keep_adapters_precise, vision_tower, vision_tower_name
+from ..role_adapters import keep_adapters_precise, vision_modules
 from .generation import chat_texts
 from .rows import BadRow, warn_of
 from .sub_policies import SubPolicyPrompts, perception_conversation
@@ -102,7 +102,7 @@ def load_preferences(
 
 def _conversation(prompts: SubPolicyPrompts | RolePrompts, question: str, processor: ProcessorMixin) -> list[dict]:
     if isinstance(prompts, RolePrompts):
-        return prompts.solver_messages(without_marks(question, processor.tokenizer.all_special_tokens))
+        return prompts.solver_messages(without_marks(question, special_tokens(processor.tokenizer)))
     return perception_conversation(prompts, question, processor)
 
 
@@ -146,12 +146,12 @@ class _DecodeImages:
         return {**rows, "image": images}
 
 
-def without_module(peft_config: LoraConfig | None, name: str) -> LoraConfig | None:
-    """A LoRA configuration that leaves a module out; one with its own `exclude_modules` is left as it is."""
+def without_modules(peft_config: LoraConfig | None, names: Sequence[str]) -> LoraConfig | None:
+    """A LoRA configuration that leaves modules out; one with its own `exclude_modules` is left as it is."""
     if peft_config is None or peft_config.exclude_modules is not None:
         return peft_config
     peft_config = copy.deepcopy(peft_config)
-    peft_config.exclude_modules = rf"(.*\.)?{re.escape(name)}(\..*)?"
+    peft_config.exclude_modules = rf"(.*\.)?({'|'.join(map(re.escape, names))})(\..*)?"
     return peft_config
 
 
@@ -279,11 +279,11 @@ class SRDPOTrainer(DPOTrainer):
                 "see it. Pass what `load_preferences` returns."
             )
         revision = (args.model_init_kwargs or {}).get("revision")
-        tower = vision_tower_name(model, args.trust_remote_code, revision)
+        vision = vision_modules(model, args.trust_remote_code, revision)
         if processing_class is None:
             processing_class = load_processor(model_id, revision=revision, trust_remote_code=args.trust_remote_code)
         if args.freeze_vision_tower:
-            peft_config = without_module(peft_config, tower)
+            peft_config = without_modules(peft_config, vision)
         # TRL would load the reference anew from where the model once came from, whatever has become of it since.
         reference = None
         if peft_config is None and isinstance(model, PreTrainedModel):
@@ -305,7 +305,8 @@ class SRDPOTrainer(DPOTrainer):
         if isinstance(self.model, PeftModel):
             keep_adapters_precise(self.model)
         elif args.freeze_vision_tower:
-            vision_tower(self.model)[1].requires_grad_(False)
+            for name in vision:
+                self.model.get_submodule(name).requires_grad_(False)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.accelerator.print(
             f"SR-DPO trains {trained:,} parameters on {len(train_dataset):,} pairs, {args.effective_batch_size} per step."

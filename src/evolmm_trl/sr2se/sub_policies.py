@@ -22,6 +22,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..data import decode_image
+from ..processing import special_tokens
 from ..prompts import read_answer, without_marks
 from .generation import Completion, generate, user_message
 
@@ -169,7 +170,7 @@ class SubPolicies:
 
     def clean(self, text: str) -> str:
         """A stranger's text without special tokens and answer tags, on one line."""
-        return without_marks(text, self.processor.tokenizer.all_special_tokens)
+        return without_marks(text, special_tokens(self.processor.tokenizer))
 
     def perceive(
         self, images: Sequence, questions: Sequence[str], temperature: float = 0.0, seed: int | None = None
@@ -257,7 +258,7 @@ class SubPolicies:
 
 def perception_conversation(prompts: SubPolicyPrompts, question: str, processor) -> list[dict]:
     """The conversation of pi_perc(I, Q); SR-DPO trains on the same one."""
-    question = without_marks(question, processor.tokenizer.all_special_tokens)
+    question = without_marks(question, special_tokens(processor.tokenizer))
     return user_message(prompts.fill("perception", question=question), True, prompts.system)
 
 
