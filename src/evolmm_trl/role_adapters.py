@@ -27,7 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_utils import set_zero3_state
 
 from .schedule import PROPOSER, ROLES, SOLVER
@@ -127,25 +127,6 @@ class RoleAdapters:
             if parameter.requires_grad and self.role_of(name) in (role, None)
         }
 
-    def describe(self, vision: Sequence[str], vision_is_frozen: bool) -> str:
-        """What each role trains and what it leaves out of the modules named `vision`, for people."""
-        total = sum(parameter.numel() for parameter in self.model.parameters())
-        lines = [f"Trainable parameters of {total:,}:"]
-        for role in ROLES:
-            parameters = self.parameters(role)
-            modules = _last_names(name.split(".lora_")[0] for name in parameters if ".lora_" in name)
-            where = f"LoRA on {modules}" if modules else "all weights"
-            lines.append(f"  {role}: {sum(p.numel() for p in parameters.values()):,} ({where})")
-        lines.append(f"  vision tower: {'frozen' if vision_is_frozen else 'trainable'}.")
-        if not self.separate:
-            lines[-1] += " Both roles train the same weights."
-        if left_out := matched_but_left_out(self.model, vision):
-            lines[-1] += (
-                f" `target_modules` matches {len(left_out)} modules of {' and '.join(vision)} too, which are left out: "
-                f"{_last_names(left_out)}. Set freeze_vision_tower=False to train them."
-            )
-        return "\n".join(lines)
-
     def check(self) -> None:
         """Raises a `RuntimeError` if some code has frozen an adapter or chosen another since."""
         if not self._layers:
@@ -202,6 +183,9 @@ def role_optimizer(optimizer_class: type[torch.optim.Optimizer], roles: RoleAdap
                     group["params"] = params
 
     RoleOptimizer.__name__ = f"Role{optimizer_class.__name__}"
+    # By the module of an 8-bit optimizer transformers knows to keep the state of embeddings in 32 bits
+    RoleOptimizer.__module__ = optimizer_class.__module__
+    RoleOptimizer.__qualname__ = RoleOptimizer.__name__
     return RoleOptimizer
 
 
@@ -264,7 +248,7 @@ def vision_modules(
     return [tower, *(f"{parent}.{name}" if parent else name for name in beside)]
 
 
-def _last_names(modules: Iterable[str]) -> str:
+def last_names(modules: Iterable[str]) -> str:
     """The modules' last names, without repetition; a number alone says nothing, so that it follows a name."""
     return ", ".join(sorted({re.search(r"[^.]+(\.\d+)?$", module)[0] for module in modules}))
 
@@ -383,6 +367,48 @@ def keep_adapters_precise(model: PeftModel) -> None:
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.float()
+
+
+def without_vision(quantization_config: BitsAndBytesConfig, modules: Sequence[str]) -> BitsAndBytesConfig:
+    """
+    Leaves the vision tower and the LM head out of quantization, unless the configuration says itself what to leave out.
+
+    Args:
+        quantization_config ([`~transformers.BitsAndBytesConfig`]):
+            Quantization of the model.
+        modules (`Sequence[str]`):
+            Names of what belongs to the vision tower.
+
+    Returns:
+        [`~transformers.BitsAndBytesConfig`]
+    """
+    if quantization_config.llm_int8_skip_modules is not None:
+        return quantization_config
+    config = copy.deepcopy(quantization_config)
+    # A list replaces transformers' own, which leaves out the LM head
+    config.llm_int8_skip_modules = ["lm_head", *map(re.escape, modules)]
+    return config
+
+
+def check_quantized_modules(model: PreTrainedModel | PeftModel) -> None:
+    """Raises a `ValueError` if the LM head is quantized."""
+    head = model.get_output_embeddings()
+    if not head.weight.is_floating_point():
+        raise ValueError(
+            f"The LM head is quantized ({type(head).__name__}), but the log-probabilities are computed from its weight "
+            "directly. Add 'lm_head' to `llm_int8_skip_modules`, or leave that unset: the LM head and the vision tower are "
+            "then left out."
+        )
+
+
+def keep_gradients_on_cpu(model: nn.Module) -> None:
+    """
+    Forbids the 4-bit layers of bitsandbytes to repack their weights. On a CPU with bfloat16 instructions they do so in
+    place at their first forward in eval mode, and later gradients through them are wrong or missing.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def add_role_adapter(model: PeftModel, config: LoraConfig) -> None:

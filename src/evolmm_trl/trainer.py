@@ -15,6 +15,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import textwrap
@@ -31,6 +32,7 @@ import torch
 from accelerate.utils import gather_object, send_to_device, set_seed
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
+from PIL import Image
 from torch.distributed.fsdp import StateDictType
 from torch.utils.data import DataLoader
 from transformers import (
@@ -52,6 +54,7 @@ from .data import EndlessImages, ReadableImageStream, readable_images
 from .engines import engine_optimizer, load_fsdp2_optimizer, whole_weights
 from .evaluation import Scores, score_answers
 from .kl import AdaptiveKL
+from .memory import Prompt, Sharding, describe
 from .model_card import write_model_card
 from .monitor import Rollout, RolloutLog, rollout_metrics
 from .processing import load_processor, special_tokens
@@ -71,11 +74,14 @@ from .role_adapters import (
     RoleAdapters,
     add_role_adapter,
     check_adapted_modules,
+    check_quantized_modules,
     keep_adapters_precise,
+    keep_gradients_on_cpu,
     load_role_adapters,
     role_lora_configs,
     role_optimizer,
     vision_modules,
+    without_vision,
 )
 from .rollout.generation import end_states, generate, generate_shared, sample_seed, why_not_generated_shared
 from .rollout.samples import (
@@ -159,7 +165,8 @@ class EvoLMMTrainer(GRPOTrainer):
         optimizers (`tuple[torch.optim.Optimizer or None, torch.optim.lr_scheduler.LambdaLR or None]`, *optional*):
             Optimizer and scheduler. With separate adapters the optimizer must be `None`: choose it with `args.optim`.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            Quantization of a model given by id or path.
+            Quantization of a model given by id or path. The LM head and the vision tower are left out unless its
+            `llm_int8_skip_modules` says what to leave out.
         peft_config ([`~peft.LoraConfig`] or `dict[str, LoraConfig]`, *optional*):
             LoRA configuration of both roles, or one per role under `"solver"` and `"proposer"`. If `None`, all weights
             are trained by both roles.
@@ -218,6 +225,8 @@ class EvoLMMTrainer(GRPOTrainer):
         self._check_optimizer_argument(optimizers[0], model, peft_config, args)
         revision = (args.model_init_kwargs or {}).get("revision")
         vision = vision_modules(model, args.trust_remote_code, revision)
+        if quantization_config is not None:
+            quantization_config = without_vision(quantization_config, vision)
         lora_configs = None
         if peft_config is not None:
             lora_configs = role_lora_configs(peft_config, args.adapters, vision if args.freeze_vision_tower else ())
@@ -282,7 +291,7 @@ class EvoLMMTrainer(GRPOTrainer):
             # The untrained model's scores: what later ones are compared with, and whether the vote is ahead of greedy
             args.eval_on_start = True
         if self.accelerator.is_main_process:
-            print(self.roles.describe(vision, self.args.freeze_vision_tower))
+            print(self._describe(vision))
 
     # ------------------------------------------------------------------------------------------------------------
     # Setting up
@@ -301,6 +310,8 @@ class EvoLMMTrainer(GRPOTrainer):
         """One adapter per role on the PEFT model that TRL made, or all weights but the vision tower's."""
         model = self.model
         separate = self.args.adapters == "separate"
+        check_quantized_modules(model)
+        keep_gradients_on_cpu(model)
         if isinstance(model, PeftModel):
             if "ref" in model.peft_config:
                 # TRL's copy of a pretrained adapter; the reference here is the base
@@ -322,6 +333,15 @@ class EvoLMMTrainer(GRPOTrainer):
             for name in vision:
                 model.get_submodule(name).requires_grad_(False)
         self.roles = RoleAdapters(model)
+        dtypes = {parameter.dtype for role in ROLES for parameter in self.roles.parameters(role).values()}
+        half = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - {torch.float32, torch.float64})
+        if half and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which hold float32 copies
+            logger.warning(
+                "Weights are trained in %s, which holds 2 or 3 decimal digits: a step at learning_rate=%g changes most of "
+                "them by less, and is lost. Load the model in float32, TRL's default, or train LoRA adapters.",
+                " and ".join(half),
+                self.args.learning_rate,
+            )
 
     def _set_up_sharing(self, vision: list[str]) -> None:
         """What is computed once for all samples of a group, and for both roles."""
@@ -350,6 +370,28 @@ class EvoLMMTrainer(GRPOTrainer):
             self._share_prefill = True
         else:
             logger.warning("Generation encodes the prompt once per answer rather than once per question: %s.", reason)
+
+    def _describe(self, vision: list[str]) -> str:
+        """What is trained, what is frozen, and the memory for images of `max_pixels` or else of the first one's size."""
+        args = self.args
+        if args.max_pixels is None:
+            image = next(iter(self._images))["image"]
+        else:
+            side = math.isqrt(args.max_pixels)
+            image = Image.new("RGB", (side, side))
+        messages = self.prompts.solver_messages("")
+        (prompt,) = encode_prompts(self.processing_class, [messages], [image], **self.chat_template_kwargs)
+        tokens = prompt.input_ids.numel()
+        grid = prompt.image_inputs.get("image_grid_thw")
+        return describe(
+            self.roles,
+            vision,
+            args,
+            Prompt(tokens + args.max_question_length, tokens if grid is None else int(grid.prod())),
+            Sharding.of(self.accelerator),
+            self._share_prefix,
+            None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model),
+        )
 
     def _adaptive_kl(self, role: str) -> AdaptiveKL:
         args = self.args
