@@ -491,6 +491,8 @@ def describe(
     ):
         if parameters:
             rows.append((name, sum(map(elements, parameters)), f"frozen, {_precisions(parameters)}"))
+            if name == "vision tower" and any(p.requires_grad and id(p) in in_tower for p in model.parameters()):
+                rows[-1] = (*rows[-1][:2], f"{rows[-1][2]}, with adapters in it")
     if args.beta != 0.0:
         of = "the frozen base" if reference is None else f"a copy of the model, {_precisions(reference.parameters())}"
         rows.append(("reference", sum(map(elements, reference.parameters())) if reference is not None else 0, of))
