@@ -116,6 +116,7 @@ def main():
         "log": trainer.state.log_history,
         "shared": trainer._share_prefix and trainer._sharing_verified,
         "weights": watch.weights,
+        "final": whole(trainer),
     }
     torch.save(result, Path(args.folder) / f"result-{accelerator.process_index}.pt")
 

@@ -213,7 +213,7 @@ def two_processes(engine: str, base: str, folder: Path, kills: int, seed: int, s
     whole, killed = (torch.load(folder / name / "result-0.pt", weights_only=True) for name in ("whole", "killed"))
     return {
         "kills": counted,
-        "difference": largest_difference(whole["weights"][-1:], killed["weights"][-1:]),
+        "difference": largest_difference([whole["final"]], [killed["final"]]),
         "same_rollouts": (folder / "whole/rollouts.jsonl").read_bytes()
         == (folder / "killed/rollouts.jsonl").read_bytes(),
         "same_state": whole["baselines"] == killed["baselines"] and whole["betas"] == killed["betas"],
