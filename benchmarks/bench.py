@@ -250,7 +250,6 @@ def main(arguments: list[str] | None = None) -> list[Result]:
         points = [Point(*map(int, point.split(","))) for point in args.points]
     if args.model:
         points = [replace(point, model=args.model) for point in points]
-    quiet()
     machine, results, start = environment(), [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for point in points:
@@ -309,4 +308,5 @@ def main(arguments: list[str] | None = None) -> list[Result]:
 
 
 if __name__ == "__main__":
+    quiet()
     main()

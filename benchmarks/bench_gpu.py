@@ -51,7 +51,6 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     args = make_parser().parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("No CUDA device was found. `--device cpu --model tiny` runs the same at toy size.")
-    quiet()
     machine, results, start = environment(), [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for model in args.model:
@@ -80,4 +79,5 @@ def main(arguments: list[str] | None = None) -> list[Result]:
 
 
 if __name__ == "__main__":
+    quiet()
     main()
