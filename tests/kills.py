@@ -188,7 +188,7 @@ def two_processes(engine: str, base: str, folder: Path, kills: int, seed: int, s
     counted = 0
     for name in ("whole", "killed"):
         (folder / name).mkdir(parents=True)
-        for after in rng.sample(range(1, steps), kills) if name == "killed" else []:
+        for after in sorted(rng.sample(range(1, steps), kills)) if name == "killed" else []:
             with open(folder / "output.txt", "wb") as output:
                 job = subprocess.Popen(
                     command(engine, base, folder / name, *arguments, **options),

@@ -264,23 +264,25 @@ PARTS = {
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument(
-        "--document", type=Path, help="Markdown file whose measured part is replaced; figures go beside it"
-    )
+    parser.add_argument("--document", type=Path, help="Markdown file for the tables; figures go beside it")
     args = parser.parse_args(arguments)
-    machine, start = environment(), time.monotonic()
-    texts, figures = [], {}
+    machine = environment()
+    record = args.document.with_suffix(".json") if args.document else None
+    measured = json.loads(record.read_text()) if record and record.exists() else {}
     for part in args.parts:
-        title, measure = PARTS[part]
+        start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            text, figures[part] = measure(Path(folder))
-        texts.append(f"## {title}\n\n{text}")
-        print(texts[-1], flush=True)
-    minutes = (time.monotonic() - start) / 60
-    texts.append(f"Commit {machine['commit']}, {machine['cpu']}, {machine['cores']} cores, {minutes:.0f} minutes.")
-    if args.document is not None:
-        replace_measured(args.document, "\n\n".join(texts))
-        args.document.with_suffix(".json").write_text(json.dumps({"machine": machine, **figures}, indent=1) + "\n")
+            text, figures = PARTS[part][1](Path(folder))
+        minutes = (time.monotonic() - start) / 60
+        text += f"\n\nCommit {machine['commit']}, {machine['cpu']}, {machine['cores']} cores, {minutes:.0f} minutes."
+        print(text, flush=True)
+        measured[part] = {"text": text, "figures": figures, "machine": machine}
+        if record is not None:  # after every part, so that one can be measured again alone
+            record.write_text(json.dumps(measured, indent=1) + "\n")
+            texts = [
+                f"## {title}\n\n{measured[name]['text']}" for name, (title, _) in PARTS.items() if name in measured
+            ]
+            replace_measured(args.document, "\n\n".join(texts))
 
 
 if __name__ == "__main__":

@@ -99,6 +99,18 @@ def test_a_run_resumes_from_the_last_complete_checkpoint(base, whole, folder):
     assert last_complete_checkpoint(folder) == str(folder / "checkpoint-4")
 
 
+def test_a_run_that_has_come_to_its_end_is_resumed_to_no_further_step(base, whole, folder):
+    resumed = make(base, folder)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert resumed.rollout_log.path.read_bytes() == whole.rollout_log.path.read_bytes()
+    assert {role: b.state_dict() for role, b in resumed.baselines.items()} == {
+        role: b.state_dict() for role, b in whole.baselines.items()
+    }
+    after, expected = snapshot(resumed), snapshot(whole)
+    assert all(torch.equal(after[name], expected[name]) for name in expected)
+
+
 def test_without_a_complete_checkpoint_a_run_starts_from_the_beginning_and_says_so(base, whole, tmp_path, caplog):
     (tmp_path / "checkpoint-1").mkdir()
     resumed = make(base, tmp_path)

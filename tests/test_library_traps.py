@@ -562,6 +562,8 @@ SIGNATURES = {
     "_load_optimizer_and_scheduler": "self, checkpoint",
     "_prepare_inputs": "self, generation_batch",
     "_push_from_checkpoint": "self, checkpoint_folder",
+    "_run_epoch": "self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
+    "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch",
     "_save": "self, output_dir=None, state_dict=None",
     "_save_checkpoint": "self, model, trial",
     "_save_rng_state": "self, output_dir",

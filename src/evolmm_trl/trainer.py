@@ -509,6 +509,13 @@ class EvoLMMTrainer(GRPOTrainer):
         finally:
             self.roles.activate(SOLVER)
 
+    def _run_epoch(self, *args, **kwargs):
+        """As the parent, which trains one step too many when a run that has come to its end is resumed."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch):
         """One micro-batch of one role's step. `inputs` are the image rows of the step's rollout, or nothing."""
         micro_batches = self.args.gradient_accumulation_steps
