@@ -47,7 +47,7 @@ from bench_contenders import (
 )
 from bench_meter import OTHER, FlopCounter, Reading
 from bench_models import SIZES, make_lora, make_model, proportions
-from bench_report import Point, Result, as_json, bars, environment, replace_measured, seconds_table, tables
+from bench_report import Point, Result, as_json, bars, environment, in_place, seconds_table, tables
 from peft import get_peft_model
 
 from evolmm_trl.schedule import PROPOSER, SOLVER
@@ -303,7 +303,8 @@ def main(arguments: list[str] | None = None) -> list[Result]:
             seconds_table(results),
             "\n".join(f"- {bar}" for bar in held),
         ]
-        replace_measured(args.document, "\n\n".join(summary))
+        page = args.document.read_text()
+        args.document.write_text(in_place(page, "measured", "\n\n".join(summary)))
     return results
 
 

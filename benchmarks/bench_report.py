@@ -29,7 +29,6 @@ from bench_meter import OTHER
 
 
 GIB = 2**30
-MEASURED = ("<!-- measured: begin -->", "<!-- measured: end -->")
 CARDS = (24, 40, 80)  # GiB
 _CONTEXT = GIB  # what a process holds on a card beside torch's memory
 
@@ -213,7 +212,8 @@ def bars(results: list[Result]) -> list[Bar]:
     ]
 
 
-def _table(header: list[str], rows: list[list]) -> str:
+def table(header: list[str], rows: list[list]) -> str:
+    """In Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -250,7 +250,7 @@ def seconds_table(results: list[Result]) -> str:
                 f"{min(whole):.3f} to {max(whole):.3f}",
             ]
         )
-    return "Seconds per image: medians, and the range of the whole\n\n" + _table(
+    return "Seconds per image: medians, and the range of the whole\n\n" + table(
         [*_PLACE, *_STAGES, OTHER, "whole", "range"], rows
     )
 
@@ -279,14 +279,14 @@ def tables(results: list[Result]) -> str:
             "Work per image: GFLOPs by stage, tokens through the language model over all stages, passes of an image through "
             "the vision tower, and the FLOPs of update and reference over those of a plain pass over P + N*C tokens "
             "(solver) and P + C tokens (proposer)",
-            _table(
+            table(
                 [*_PLACE, *_STAGES, "whole", "prompt tokens encoded", "completion tokens", "tower passes"]
                 + ["solver / plain", "proposer / plain"],
                 work,
             ),
             "Memory in MiB: peak of an update's forward and backward above what was allocated before; weights and "
             "optimizer state; both",
-            _table([*_PLACE, "solver's update", "proposer's update", "weights and optimizer", "sum"], memory),
+            table([*_PLACE, "solver's update", "proposer's update", "weights and optimizer", "sum"], memory),
         ]
     )
 
@@ -321,7 +321,7 @@ def gpu_table(results: list[Result]) -> str:
         )
     header = ["image", *_PLACE, *_STAGES, OTHER, "whole", "completion tokens per second"]
     header += ["peak of an update, MiB", "memory, MiB"]
-    return "\n\n".join([_table(header, rows), "\n".join(cards)])
+    return "\n\n".join([table(header, rows), "\n".join(cards)])
 
 
 def environment() -> dict:
@@ -346,13 +346,13 @@ def environment() -> dict:
     }
 
 
-def replace_measured(document: Path, text: str) -> None:
-    """Puts what was measured in its place in a Markdown file, between two comments."""
-    before, begin, rest = document.read_text().partition(MEASURED[0])
-    _, end, after = rest.partition(MEASURED[1])
+def in_place(page: str, name: str, text: str) -> str:
+    """A Markdown page with this text between the comments of this name."""
+    before, begin, rest = page.partition(f"<!-- {name}:begin -->")
+    _, end, after = rest.partition(f"<!-- {name}:end -->")
     if not (begin and end):
-        raise ValueError(f"{document} has no place for what was measured, between {MEASURED[0]} and {MEASURED[1]}.")
-    document.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+        raise ValueError(f"The page has no place for {name!r}, between <!-- {name}:begin --> and <!-- {name}:end -->.")
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def as_json(results: list[Result], **others) -> dict:

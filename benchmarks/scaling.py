@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from bench_models import SIZES, Size, make_config
+from bench_report import in_place, table
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, Qwen2_5_VLForConditionalGeneration
@@ -190,10 +191,6 @@ def _base(model: PeftModel) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if ".lora_" not in name]
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
-
-
 def tables() -> str:
     """The tables, in Markdown."""
     sizes, cards, parts = [], [], []
@@ -216,18 +213,11 @@ def tables() -> str:
     held = [part.replace("_", " ") for part in _PARTS]
     return "\n\n".join(
         [
-            _table(["model", *counted], sizes),
-            _table(["model", "setup", *(f"{card} GB" for card in CARDS)], cards),
-            _table(["model", "setup", *held, "peak, small batch"], parts),
+            table(["model", *counted], sizes),
+            table(["model", "setup", *(f"{card} GB" for card in CARDS)], cards),
+            table(["model", "setup", *held, "peak, small batch"], parts),
         ]
     )
-
-
-def in_place(page: str, name: str, text: str) -> str:
-    """The page with this text between the marks of this name."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, rest = page.split(begin)
-    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
 
 def written(page: str) -> str:

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from engines import command, environment, largest_difference
+from engines import command, environment, largest_difference, run
 from tiny_trainer import TalkingTrainer, config, image_dataset, lora
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -185,7 +185,7 @@ def two_processes(engine: str, base: str, folder: Path, kills: int, seed: int, s
     rng = random.Random(seed)
     options = {"max_steps": steps, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
     arguments = ("--resume",)
-    counted = 0
+    counted, ended = 0, {}
     for name in ("whole", "killed"):
         (folder / name).mkdir(parents=True)
         for after in sorted(rng.sample(range(1, steps), kills)) if name == "killed" else []:
@@ -202,15 +202,8 @@ def two_processes(engine: str, base: str, folder: Path, kills: int, seed: int, s
                     time.sleep(rng.uniform(0, 0.5))
                     kill_tree(job)
                     counted += 1
-        done = subprocess.run(
-            command(engine, base, folder / name, *arguments, **options),
-            env=environment(),
-            capture_output=True,
-            text=True,
-        )
-        if len(list((folder / name).glob("result-*.pt"))) != 2:
-            raise RuntimeError(f"{engine} failed with code {done.returncode}:\n{done.stderr[-4000:]}")
-    whole, killed = (torch.load(folder / name / "result-0.pt", weights_only=True) for name in ("whole", "killed"))
+        ended[name] = run(engine, base, folder / name, *arguments, **options)[0]
+    whole, killed = ended["whole"], ended["killed"]
     return {
         "kills": counted,
         "difference": largest_difference([whole["final"]], [killed["final"]]),

@@ -45,7 +45,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples" / "demo")]
-from bench_report import environment, replace_measured  # noqa: E402
+from bench_report import environment, in_place, table  # noqa: E402
 
 
 MODES = {
@@ -58,10 +58,6 @@ RUNS = {
     "one shared adapter": ["ddp", "zero2", "zero3", "fsdp2"],
     "all weights": ["ddp", "zero2", "zero3", "fsdp2"],
 }
-
-
-def table(header: list[str], rows: list[list]) -> str:
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
 def engines(folder: Path) -> tuple[str, dict]:
@@ -282,7 +278,8 @@ def main(arguments: list[str] | None = None) -> None:
             texts = [
                 f"## {title}\n\n{measured[name]['text']}" for name, (title, _) in PARTS.items() if name in measured
             ]
-            replace_measured(args.document, "\n\n".join(texts))
+            page = args.document.read_text()
+            args.document.write_text(in_place(page, "measured", "\n\n".join(texts)))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from tiny_models import tiny_qwen2_5_vl, tiny_qwen3_vl
 from transformers import AutoModelForImageTextToText
 
 from evolmm_trl.processing import load_processor
+from evolmm_trl.prompts import user_message
 from evolmm_trl.sr2se import SubPolicies, SubPolicyPrompts
-from evolmm_trl.sr2se.generation import chat_texts, generate, user_message
+from evolmm_trl.sr2se.generation import chat_texts, generate
 
 
 def picture(seed: int) -> Image.Image:

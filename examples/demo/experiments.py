@@ -393,10 +393,14 @@ def _write_readme(results: list[dict]) -> None:
             gains = [_questions(r, "greedy") - _questions(untrained, "greedy") for r in runs]
             cells.append(_points(*interval(np.stack(gains))) if runs else "")
         rows.append(f"| {title} | " + " | ".join(cells) + " |")
-    text = README.read_text()
-    begin, end = "<!-- experiments:begin -->", "<!-- experiments:end -->"
-    before, rest = text.split(begin)
-    README.write_text(before + begin + "\n" + "\n".join(rows) + "\n" + end + rest.split(end)[1])
+    README.write_text(in_place(README.read_text(), "experiments", rows))
+
+
+def in_place(page: str, name: str, lines: list[str]) -> str:
+    """A Markdown page with these lines between the comments of this name."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, rest = page.split(begin)
+    return before + begin + "\n" + "\n".join(lines) + "\n" + end + rest.split(end)[1]
 
 
 def main() -> None:

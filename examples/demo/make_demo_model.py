@@ -248,12 +248,18 @@ class WarmStartData:
         return self.prompts[prompt]
 
     def batch(self, size: int) -> dict[str, torch.Tensor]:
-        tokenizer = self.processor.tokenizer
         indices = [self.rng.randrange(len(self.charts)) for _ in range(size)]
+        examples = [sample_example(self.charts[index], self.base, self.rng) for index in indices]
+        return self.collated(
+            [(self.prompt_ids(prompt), target) for prompt, target in examples],
+            [self.pixels[index] for index in indices],
+        )
+
+    def collated(self, examples: list[tuple[list[int], str]], pixels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch of prompts, as token ids, and what is to follow them, with the images of those that have one."""
+        tokenizer = self.processor.tokenizer
         ids, labels = [], []
-        for index in indices:
-            prompt, target = sample_example(self.charts[index], self.base, self.rng)
-            prompt_ids = self.prompt_ids(prompt)
+        for prompt_ids, target in examples:
             target_ids = tokenizer(target)["input_ids"] + [tokenizer.eos_token_id]
             ids.append(prompt_ids + target_ids)
             labels.append([-100] * len(prompt_ids) + target_ids)
@@ -264,8 +270,8 @@ class WarmStartData:
             "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids]),
             "labels": torch.tensor([row + [-100] * (width - len(row)) for row in labels]),
             "mm_token_type_ids": (input_ids == self.processor.image_token_id).long(),
-            "pixel_values": torch.cat([self.pixels[index] for index in indices]).float(),
-            "image_grid_thw": torch.tensor([[1, 6, 6]] * size),
+            "pixel_values": torch.cat(pixels).float(),
+            "image_grid_thw": torch.tensor([[1, 6, 6]] * len(pixels)),
         }
 
 

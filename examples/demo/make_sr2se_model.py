@@ -114,8 +114,7 @@ class Sr2seData(WarmStartData):
     """Batches of all tasks; those on text alone have no image."""
 
     def batch(self, size: int) -> dict[str, torch.Tensor]:
-        tokenizer = self.processor.tokenizer
-        ids, labels, pixels = [], [], []
+        examples, pixels = [], []
         for _ in range(size):
             index = self.rng.randrange(len(self.charts))
             task = self.rng.choices(list(SHARES), list(SHARES.values()))[0]
@@ -125,23 +124,12 @@ class Sr2seData(WarmStartData):
                 text = self.processor.apply_chat_template(
                     [{"role": "user", "content": content}], add_generation_prompt=True
                 )
-                prompt_ids = tokenizer(text)["input_ids"]
+                prompt_ids = self.processor.tokenizer(text)["input_ids"]
             else:
                 prompt_ids = self.prompt_ids(prompt)
                 pixels.append(self.pixels[index])
-            target_ids = tokenizer(target)["input_ids"] + [tokenizer.eos_token_id]
-            ids.append(prompt_ids + target_ids)
-            labels.append([-100] * len(prompt_ids) + target_ids)
-        width = max(map(len, ids))
-        input_ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids])
-        return {
-            "input_ids": input_ids,
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids]),
-            "labels": torch.tensor([row + [-100] * (width - len(row)) for row in labels]),
-            "mm_token_type_ids": (input_ids == self.processor.image_token_id).long(),
-            "pixel_values": torch.cat(pixels).float(),
-            "image_grid_thw": torch.tensor([[1, 6, 6]] * len(pixels)),
-        }
+            examples.append((prompt_ids, target))
+        return self.collated(examples, pixels)
 
 
 def main() -> None:

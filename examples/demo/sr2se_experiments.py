@@ -36,7 +36,7 @@ import torch
 from charts import EVOLVE_SEEDS, TEST_SEEDS, chart, labelled_questions, make_images, parse_question
 from demo import PROMPTS, demo_config, demo_lora, load_model
 from evaluate import evaluate_solver
-from experiments import interval
+from experiments import in_place, interval
 from peft import PeftModel
 from transformers import PrinterCallback
 
@@ -852,9 +852,7 @@ def report() -> None:
     results = read_results()
     text = PAGE.read_text()
     for mark, tables in (("gate", gate_tables), ("pairs", pair_tables), ("dpo", dpo_tables), ("votes", vote_tables)):
-        begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
-        before, rest = text.split(begin)
-        text = before + begin + "\n" + "\n".join(tables(results)) + "\n" + end + rest.split(end)[1]
+        text = in_place(text, mark, tables(results))
     PAGE.write_text(text)
     draw_reliability(results)
 

@@ -14,8 +14,9 @@
 
 """Train vision-language models from images nobody labelled."""
 
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+
+from ._lazy import lazy_names
 
 
 try:
@@ -24,31 +25,22 @@ except PackageNotFoundError:
     __version__ = "unknown"
 
 # Each name is imported when it is first used, so that `import evolmm_trl` does not import torch.
-_import_structure = {
-    "answers": ["canonical_answer"],
-    "config": ["EvoLMMConfig"],
-    "data": ["load_images"],
-    "kl": ["AdaptiveKL"],
-    "processing": ["load_processor"],
-    "prompts": ["RolePrompts"],
-    "sr2se.early_exit": ["EarlyExitReasoner"],
-    "sr2se.pipeline": ["SR2SEConfig", "run_pipeline"],
-    "sr2se.sr_dpo": ["SRDPOConfig", "SRDPOTrainer"],
-    "rewards": ["discrete_proposer_reward", "discrete_solver_rewards", "proposer_reward", "solver_rewards"],
-    "solver": ["load_solver", "merge_solver"],
-    "trainer": ["EvoLMMTrainer"],
-    "voting": ["Vote", "vote"],
-}
-_module_of = {name: module for module, names in _import_structure.items() for name in names}
-
-__all__ = sorted([*_module_of, "__version__"])
-
-
-def __getattr__(name: str):
-    if name not in _module_of:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_module_of[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "answers": ["canonical_answer"],
+        "config": ["EvoLMMConfig"],
+        "data": ["load_images"],
+        "kl": ["AdaptiveKL"],
+        "processing": ["load_processor"],
+        "prompts": ["RolePrompts"],
+        "sr2se.early_exit": ["EarlyExitReasoner"],
+        "sr2se.pipeline": ["SR2SEConfig", "run_pipeline"],
+        "sr2se.sr_dpo": ["SRDPOConfig", "SRDPOTrainer"],
+        "rewards": ["discrete_proposer_reward", "discrete_solver_rewards", "proposer_reward", "solver_rewards"],
+        "solver": ["load_solver", "merge_solver"],
+        "trainer": ["EvoLMMTrainer"],
+        "voting": ["Vote", "vote"],
+    },
+)
+__all__ += ["__version__"]

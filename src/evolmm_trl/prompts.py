@@ -17,6 +17,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 
 # The prompts follow what the paper asks of each role; the wording is this package's own.
@@ -45,8 +46,32 @@ _CHAT_MARK = re.compile(r"<\|[^<>|]*\|>")
 _MAX_NESTED_MARKS = 10
 
 
+_Prompts = TypeVar("_Prompts", bound="Prompts")
+
+
+class Prompts:
+    """Prompts by name, a dataclass of strings."""
+
+    @classmethod
+    def from_dict(cls: type[_Prompts], prompts: Mapping[str, str] | None) -> _Prompts:
+        """The default prompts with those in `prompts` replaced. An unknown name raises a `ValueError`."""
+        prompts = dict(prompts or {})
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(prompts) - set(known))
+        if unknown:
+            raise ValueError(f"Unknown names in `prompts`: {unknown}. Expected some of {known}.")
+        return cls(**prompts)
+
+
+def user_message(text: str, with_image: bool, system: str | None = None) -> list[dict]:
+    """A conversation of one user message, with a place for one image in front of the text."""
+    content = [{"type": "image"}] if with_image else []
+    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    return messages + [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
 @dataclass(frozen=True)
-class RolePrompts:
+class RolePrompts(Prompts):
     """
     The prompts of both roles.
 
@@ -73,27 +98,13 @@ class RolePrompts:
                 f"The solver's prompt must contain the field {{question}}, where the question goes; got {self.solver!r}."
             )
 
-    @classmethod
-    def from_dict(cls, prompts: Mapping[str, str] | None) -> "RolePrompts":
-        """The default prompts with those in `prompts` replaced. An unknown name raises a `ValueError`."""
-        prompts = dict(prompts or {})
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(prompts) - set(known))
-        if unknown:
-            raise ValueError(f"Unknown names in `prompts`: {unknown}. Expected some of {known}.")
-        return cls(**prompts)
-
-    def _messages(self, text: str) -> list[dict]:
-        messages = [{"role": "system", "content": [{"type": "text", "text": self.system}]}] if self.system else []
-        return messages + [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-
     def proposer_messages(self) -> list[dict]:
         """The proposer's conversation, with a place for one image."""
-        return self._messages(self.proposer)
+        return user_message(self.proposer, True, self.system)
 
     def solver_messages(self, question: str) -> list[dict]:
         """The solver's conversation about one question, with a place for one image."""
-        return self._messages(self.solver.replace("{question}", question))
+        return user_message(self.solver.replace("{question}", question), True, self.system)
 
 
 @dataclass(frozen=True)

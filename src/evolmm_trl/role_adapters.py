@@ -325,11 +325,16 @@ def role_lora_configs(
                 f"The {role}'s `peft_config` trains biases or uses DoRA, whose effect a LoRA scale of 0 does not remove. "
                 "Set bias='none', use_dora=False and lora_bias=False."
             )
-        config = copy.deepcopy(config)
-        if excluded and config.exclude_modules is None:
-            config.exclude_modules = rf"(.*\.)?({_pattern(excluded)})(\..*)?"
-        configs[role] = config
+        configs[role] = without_modules(config, excluded)
     return configs
+
+
+def without_modules(config: LoraConfig, names: Sequence[str]) -> LoraConfig:
+    """A copy of a LoRA configuration that leaves modules out; one with its own `exclude_modules` keeps those."""
+    config = copy.deepcopy(config)
+    if names and config.exclude_modules is None:
+        config.exclude_modules = rf"(.*\.)?({_pattern(names)})(\..*)?"
+    return config
 
 
 def _pattern(names: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .rollout.samples import EncodedPrompt, Sample
 
@@ -29,7 +30,6 @@ from .rollout.samples import EncodedPrompt, Sample
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "evolmm_state.json"
-_TRAINER_STATE_NAME = "trainer_state.json"  # of transformers, which writes it last
 
 
 def check_complete(checkpoint: str | Path) -> None:
@@ -49,7 +49,7 @@ def check_complete(checkpoint: str | Path) -> None:
     if not (checkpoint / STATE_NAME).is_file():
         raise ValueError(f"{checkpoint} lacks {STATE_NAME}: it is not a checkpoint of this trainer.")
     steps = []
-    for name, key in ((STATE_NAME, "step"), (_TRAINER_STATE_NAME, "global_step")):
+    for name, key in ((STATE_NAME, "step"), (TRAINER_STATE_NAME, "global_step")):  # the second is written last
         try:
             steps.append(json.loads((checkpoint / name).read_text())[key])
         except (FileNotFoundError, json.JSONDecodeError, KeyError) as error:

@@ -1246,7 +1246,7 @@ class EvoLMMTrainer(GRPOTrainer):
         if self.accelerator.is_main_process:
             self.rollout_log.resume(state["rollout_log_bytes"])
             if self.args.collect_preferences:
-                self.preference_log.resume(state.get("preference_log_bytes", 0))
+                self.preference_log.resume(state["preference_log_bytes"])
 
 
 @dataclass(frozen=True)

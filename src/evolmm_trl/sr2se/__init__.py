@@ -14,28 +14,18 @@
 
 """SR2SE: reasoning that stops when it is sure, perception that corrects itself, and SR-DPO."""
 
-from importlib import import_module
+from .._lazy import lazy_names
 
 
 # Each name is imported when it is first used: `evolmm sr2se --help` does not need torch.
-_import_structure = {
-    "early_exit": ["ConfidenceGate", "EarlyExitReasoner", "GateRollouts", "GateTrainingConfig", "train_gate"],
-    "generation": ["Completion", "generate"],
-    "pipeline": ["SR2SEConfig", "run_pipeline"],
-    "refinement": ["AgreementLabeller", "RefinementConfig", "build_pairs"],
-    "sr_dpo": ["SRDPOConfig", "SRDPOTrainer", "load_preferences"],
-    "sub_policies": ["SubPolicies", "SubPolicyPrompts"],
-}
-_module_of = {name: module for module, names in _import_structure.items() for name in names}
-
-__all__ = sorted(_module_of)
-
-
-def __getattr__(name: str):
-    if name not in _module_of:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_module_of[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "early_exit": ["ConfidenceGate", "EarlyExitReasoner", "GateRollouts", "GateTrainingConfig", "train_gate"],
+        "generation": ["Completion", "generate"],
+        "pipeline": ["SR2SEConfig", "run_pipeline"],
+        "refinement": ["AgreementLabeller", "RefinementConfig", "build_pairs"],
+        "sr_dpo": ["SRDPOConfig", "SRDPOTrainer", "load_preferences"],
+        "sub_policies": ["SubPolicies", "SubPolicyPrompts"],
+    },
+)

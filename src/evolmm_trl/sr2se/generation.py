@@ -51,13 +51,6 @@ def process_state() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def user_message(text: str, with_image: bool, system: str | None = None) -> list[dict]:
-    """A conversation of one user message, with a place for one image in front of the text."""
-    content = [{"type": "image"}] if with_image else []
-    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
-    return messages + [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
-
-
 def chat_texts(processor, conversation: list[dict], reply: str) -> tuple[str, str]:
     """
     A conversation and the reply to it as the chat template writes them, to train on: the texts of the prompt that
@@ -99,7 +92,7 @@ def generate(
         processor ([`~transformers.ProcessorMixin`]):
             Its processor.
         conversations (`Sequence[list[dict]]`):
-            As [`user_message`] makes them.
+            As [`~evolmm_trl.prompts.user_message`] makes them.
         images (`Sequence[PIL.Image.Image]`, *optional*):
             One per conversation; without it the conversations have no place for an image.
         max_new_tokens (`int`):

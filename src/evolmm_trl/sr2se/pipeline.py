@@ -38,13 +38,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from ..processing import load_processor
-from ..prompts import RolePrompts
-from ..role_adapters import keep_adapters_precise, vision_modules
+from ..prompts import RolePrompts, user_message
+from ..role_adapters import keep_adapters_precise, vision_modules, without_modules
 from .early_exit import EarlyExitReasoner, GateRollouts, GateTrainingConfig, train_gate
-from .generation import chat_texts, process_state, user_message
+from .generation import chat_texts, process_state
 from .refinement import AgreementLabeller, RefinementConfig, build_pairs
 from .rows import Row, read_rows, warn_of
-from .sr_dpo import SRDPOConfig, SRDPOTrainer, decoding_images, load_preferences, without_modules
+from .sr_dpo import SRDPOConfig, SRDPOTrainer, decoding_images, load_preferences
 from .sub_policies import SubPolicies, SubPolicyPrompts
 
 
@@ -478,7 +478,7 @@ class _Run:
             train_dataset=dataset,
             processing_class=processor,
             quantization_config=config.quantization_config(),
-            peft_config=without_modules(config.lora_config(), vision),
+            peft_config=None if config.lora is None else without_modules(config.lora_config(), vision),
         )
         if isinstance(trainer.model, PeftModel):
             keep_adapters_precise(trainer.model)

@@ -92,7 +92,8 @@ def read_rows(
     return _read_jsonl(path, needed)
 
 
-def _read_jsonl(path: Path, needed: tuple[str, ...]) -> Iterator[Row | BadRow]:
+def json_lines(path: Path) -> Iterator[tuple[int, str, dict] | BadRow]:
+    """Of each line that is not empty, its index, where it stands and the object it holds."""
     with open(path, "rb") as file:
         for index, line in enumerate(file):
             if not line.strip():
@@ -106,14 +107,23 @@ def _read_jsonl(path: Path, needed: tuple[str, ...]) -> Iterator[Row | BadRow]:
             if not isinstance(record, dict):
                 yield BadRow(index, where, "not a JSON object")
                 continue
-            if not isinstance(record.get("image"), str) or not record["image"]:
-                yield BadRow(index, where, "lacks image")
-                continue
-            image = path.parent / record["image"]
-            if not image.is_file():
-                yield BadRow(index, f"{where} ({record['image']})", "missing image")
-                continue
-            yield _row(index, where, str(image.resolve()), record, needed)
+            yield index, where, record
+
+
+def _read_jsonl(path: Path, needed: tuple[str, ...]) -> Iterator[Row | BadRow]:
+    for line in json_lines(path):
+        if isinstance(line, BadRow):
+            yield line
+            continue
+        index, where, record = line
+        if not isinstance(record.get("image"), str) or not record["image"]:
+            yield BadRow(index, where, "lacks image")
+            continue
+        image = path.parent / record["image"]
+        if not image.is_file():
+            yield BadRow(index, f"{where} ({record['image']})", "missing image")
+            continue
+        yield _row(index, where, str(image.resolve()), record, needed)
 
 
 def _read_dataset(dataset, needed: tuple[str, ...], image_folder: Path) -> Iterator[Row | BadRow]:

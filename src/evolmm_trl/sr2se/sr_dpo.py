@@ -15,9 +15,7 @@
 """Self-rewarding direct preference optimization (SR-DPO): DPO on the pairs of perception refinement, with the image."""
 
 import copy
-import json
 import logging
-import re
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
@@ -33,9 +31,9 @@ from trl import DPOConfig, DPOTrainer
 from ..data import UnreadableImageError, decode_image
 from ..processing import load_processor, special_tokens
 from ..prompts import RolePrompts, without_marks
-from ..role_adapters import keep_adapters_precise, vision_modules
+from ..role_adapters import keep_adapters_precise, vision_modules, without_modules
 from .generation import chat_texts
-from .rows import BadRow, warn_of
+from .rows import BadRow, json_lines, warn_of
 from .sub_policies import SubPolicyPrompts, perception_conversation
 
 
@@ -77,19 +75,16 @@ def load_preferences(
     files = [files] if isinstance(files, (str, Path)) else list(files)
     rows, skipped = [], Counter()
     for file in map(Path, files):
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines):
-                if not line.strip():
-                    continue
-                pair, reason = _read_pair(line, file.parent)
-                if reason is not None:
-                    warn_of(BadRow(number, f"{file.name}:{number + 1}", reason), skipped.total())
-                    skipped[reason] += 1
-                    continue
-                conversation = _conversation(prompts, pair["question"], processor)
-                prompt, chosen = chat_texts(processor, conversation, pair["chosen"])
-                _, rejected = chat_texts(processor, conversation, pair["rejected"])
-                rows.append({"image": pair["image"], "prompt": prompt, "chosen": chosen, "rejected": rejected})
+        for line in json_lines(file):
+            pair = line if isinstance(line, BadRow) else _read_pair(*line, file.parent)
+            if isinstance(pair, BadRow):
+                warn_of(pair, skipped.total())
+                skipped[pair.reason] += 1
+                continue
+            conversation = _conversation(prompts, pair["question"], processor)
+            prompt, chosen = chat_texts(processor, conversation, pair["chosen"])
+            _, rejected = chat_texts(processor, conversation, pair["rejected"])
+            rows.append({"image": pair["image"], "prompt": prompt, "chosen": chosen, "rejected": rejected})
     if not rows:
         why = ", ".join(f"{count} x {reason}" for reason, count in skipped.items()) or "the files are empty"
         raise ValueError(
@@ -106,23 +101,16 @@ def _conversation(prompts: SubPolicyPrompts | RolePrompts, question: str, proces
     return perception_conversation(prompts, question, processor)
 
 
-def _read_pair(line: bytes, folder: Path) -> tuple[dict, str | None]:
-    """The pair, or the reason why it cannot be used."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return {}, "broken JSON"
-    if not isinstance(record, dict):
-        return {}, "not a JSON object"
+def _read_pair(index: int, where: str, record: dict, folder: Path) -> dict | BadRow:
     for name in _FIELDS:
         if not isinstance(record.get(name), str) or not record[name].strip():
-            return {}, f"lacks {name}"
+            return BadRow(index, where, f"lacks {name}")
     image = folder / record["image_path"]
     if not image.is_file():
-        return {}, "missing image"
+        return BadRow(index, where, "missing image")
     if record["chosen"] == record["rejected"]:
-        return {}, "chosen and rejected are the same"
-    return {**record, "image": str(image.resolve())}, None
+        return BadRow(index, where, "chosen and rejected are the same")
+    return {**record, "image": str(image.resolve())}
 
 
 def decoding_images(dataset: Dataset, max_pixels: int | None) -> Dataset:
@@ -144,15 +132,6 @@ class _DecodeImages:
             except UnreadableImageError as error:
                 raise UnreadableImageError(error.reason, f"{path} {error.detail}".strip()) from None
         return {**rows, "image": images}
-
-
-def without_modules(peft_config: LoraConfig | None, names: Sequence[str]) -> LoraConfig | None:
-    """A LoRA configuration that leaves modules out; one with its own `exclude_modules` is left as it is."""
-    if peft_config is None or peft_config.exclude_modules is not None:
-        return peft_config
-    peft_config = copy.deepcopy(peft_config)
-    peft_config.exclude_modules = rf"(.*\.)?({'|'.join(map(re.escape, names))})(\..*)?"
-    return peft_config
 
 
 @dataclass
@@ -282,7 +261,7 @@ class SRDPOTrainer(DPOTrainer):
         vision = vision_modules(model, args.trust_remote_code, revision)
         if processing_class is None:
             processing_class = load_processor(model_id, revision=revision, trust_remote_code=args.trust_remote_code)
-        if args.freeze_vision_tower:
+        if peft_config is not None and args.freeze_vision_tower:
             peft_config = without_modules(peft_config, vision)
         # TRL would load the reference anew from where the model once came from, whatever has become of it since.
         reference = None

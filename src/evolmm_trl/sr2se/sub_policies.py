@@ -15,16 +15,16 @@
 """One vision-language model as SR2SE's sub-policies, told apart by their prompts alone."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from ..data import decode_image
 from ..processing import special_tokens
-from ..prompts import read_answer, without_marks
-from .generation import Completion, generate, user_message
+from ..prompts import Prompts, read_answer, user_message, without_marks
+from .generation import Completion, generate
 
 
 _FIELD = re.compile(r"\{(question|description|steps)\}")
@@ -40,7 +40,7 @@ _FIELDS = {
 
 
 @dataclass(frozen=True)
-class SubPolicyPrompts:
+class SubPolicyPrompts(Prompts):
     """
     The prompts of the sub-policies. Fields in braces are filled in; `{steps}` is one step per line, or `none`.
 
@@ -95,16 +95,6 @@ class SubPolicyPrompts:
                     f"The prompt `{name}` has the fields {sorted(found)}; expected exactly {sorted(needed)}, in braces. "
                     f"It is {getattr(self, name)!r}."
                 )
-
-    @classmethod
-    def from_dict(cls, prompts: Mapping[str, str] | None) -> "SubPolicyPrompts":
-        """The default prompts with those in `prompts` replaced. An unknown name raises a `ValueError`."""
-        prompts = dict(prompts or {})
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(prompts) - set(known))
-        if unknown:
-            raise ValueError(f"Unknown names in `prompts`: {unknown}. Expected some of {known}.")
-        return cls(**prompts)
 
     def to_dict(self) -> dict[str, str | None]:
         """All prompts by name."""
