@@ -15,17 +15,81 @@
 """The command `evolmm`."""
 
 import argparse
+import difflib
+import os
+import sys
+import traceback
 from collections.abc import Sequence
 
-from .sr2se.commands import add_commands as add_sr2se
+from .commands import UsageError, sr2se
+
+
+COMMANDS = (sr2se,)  # in the order of `evolmm --help`
+
+_DESCRIPTION = "Train vision-language models from images nobody labelled, and see whether it worked."
+_EPILOG = """\
+`evolmm COMMAND --help` says what a command does, with an example.
+exit status: 0 done, 1 failed, 2 the arguments cannot be used, 130 interrupted
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the nearest name of an option that does not exist."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+        self.set_defaults(parser=self)  # of nested parsers, the innermost remains
+        self.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}. `{self.prog} --help` says more.\n")
+
+    def refuse(self, unknown: Sequence[str]):
+        """Ends the program because of arguments that are not known."""
+        names = [name for action in self._actions for name in action.option_strings]
+        near = [near for name in unknown for near in difflib.get_close_matches(name.split("=")[0], names, 1)]
+        hint = f". Did you mean {' and '.join(dict.fromkeys(near))}?" if near else ""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}".rstrip("."))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of `evolmm`."""
+    parser = _Parser(prog="evolmm", description=_DESCRIPTION, epilog=_EPILOG)
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Parser)
+    for command in COMMANDS:
+        command.add_command(commands)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `evolmm ...`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="evolmm", description=__doc__)
-    add_sr2se(parser.add_subparsers(required=True, metavar="command"))
-    parsed = parser.parse_args(arguments)
-    return parsed.run(parsed) or 0
+    """
+    Runs `evolmm ...`.
+
+    Args:
+        arguments (`Sequence[str]`, *optional*):
+            The command line. Defaults to that of the process.
+
+    Returns:
+        `int`: the exit status, 0 if it is done, 1 if it failed, 2 if the arguments cannot be used.
+    """
+    parsed, unknown = make_parser().parse_known_args(arguments)
+    if unknown:
+        parsed.parser.refuse(unknown)
+    try:
+        return parsed.run(parsed) or 0
+    except (UsageError, ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # of `evolmm ask ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        if getattr(parsed, "debug", False):
+            traceback.print_exc()
+        print(f"evolmm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("evolmm: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -16,21 +16,38 @@
 
 import argparse
 import json
-import sys
+
+from . import UsageError
 
 
-def add_commands(subparsers) -> None:
-    """Adds `sr2se` and its two commands to a parser."""
-    sr2se = subparsers.add_parser("sr2se", help="early exit, perception refinement and SR-DPO")
-    commands = sr2se.add_subparsers(required=True, metavar="command")
+def add_command(commands) -> None:
+    """Adds `sr2se` and its two commands to the parser of `evolmm`."""
+    sr2se = commands.add_parser(
+        "sr2se",
+        help="early exit, perception refinement and SR-DPO",
+        description="SR2SE: the model reasons in steps, stops as soon as it knows, and learns from its own refinements.",
+    )
+    of_sr2se = sr2se.add_subparsers(required=True, metavar="command")
 
-    run = commands.add_parser("run", help="run the pipeline, or some of its stages")
+    run = of_sr2se.add_parser(
+        "run",
+        help="run the pipeline, or some of its stages",
+        description="Runs SR2SE's pipeline, or some of its stages. What is finished is not done again.",
+        epilog="example:\n  evolmm sr2se run recipe.yaml --set data=train.jsonl --set output_dir=charts-sr2se",
+    )
     run.add_argument("config", help="YAML, or JSON in the same or the authors' layout")
     run.add_argument("--stage", action="append", help="only this stage; may be repeated")
     run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="such as dpo.learning_rate=1e-6")
     run.set_defaults(run=_run)
 
-    answer = commands.add_parser("answer", help="answer questions with early exit")
+    answer = of_sr2se.add_parser(
+        "answer",
+        help="answer questions with early exit",
+        description="Answers one question, or every row of a JSONL file, with the model and the gate of a run.",
+        epilog="examples:\n"
+        "  evolmm sr2se answer charts-sr2se --image chart.png --question 'Which bar is the tallest?'\n"
+        "  evolmm sr2se answer charts-sr2se --input questions.jsonl --output answers.jsonl",
+    )
     answer.add_argument("folder", help="the output_dir of a run")
     answer.add_argument("--image", help="one image")
     answer.add_argument("--question", help="the question about it")
@@ -41,7 +58,7 @@ def add_commands(subparsers) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from .pipeline import SR2SEConfig, run_pipeline
+    from ..sr2se.pipeline import SR2SEConfig, run_pipeline
 
     summary = run_pipeline(SR2SEConfig.from_file(arguments.config, arguments.set), arguments.stage)
     print(json.dumps(summary, indent=2))
@@ -51,11 +68,11 @@ def _run(arguments: argparse.Namespace) -> int:
 def _answer(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from .pipeline import load_run
+    from ..sr2se.pipeline import load_run
 
     single, many = (arguments.image, arguments.question), (arguments.input, arguments.output)
     if (None in single) == (None in many) or any(single) == any(many):
-        sys.exit("Give --image and --question, or --input and --output.")
+        raise UsageError("Give --image and --question, or --input and --output.")
     reasoner = load_run(arguments.folder, arguments.batch_size)
     if arguments.image is not None:
         print(json.dumps(asdict(reasoner.generate(arguments.image, arguments.question)), indent=2))
@@ -82,8 +99,8 @@ def answer_file(reasoner, source: str, output: str) -> dict:
     from pathlib import Path
 
     from ..data import UnreadableImageError
-    from .early_exit import is_right
-    from .rows import BadRow, Row, read_rows, warn_of
+    from ..sr2se.early_exit import is_right
+    from ..sr2se.rows import BadRow, Row, read_rows, warn_of
 
     group, right, totals = [], [], {"answered": 0, "skipped": 0, "steps": 0, "tokens": 0}
 
