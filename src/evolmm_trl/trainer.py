@@ -13,11 +13,9 @@
 # limitations under the License.
 
 import hashlib
-import json
 import logging
 import math
 import os
-import shutil
 import textwrap
 import time
 from collections import defaultdict
@@ -25,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -42,23 +39,21 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
 from .answers import canonical_answer
+from .checkpoints import RoleCheckpoints
 from .config import DEFAULT_STREAM_ROLLOUTS, EvoLMMConfig
 from .data import EndlessImages, ReadableImageStream, readable_images
-from .engines import engine_optimizer, load_fsdp2_optimizer, whole_weights
-from .evaluation import Scores, score_answers
+from .engines import engine_optimizer, whole_weights
+from .evaluation.loop import LabelledEvaluation
 from .kl import AdaptiveKL
 from .memory import Prompt, Sharding, describe
-from .model_card import write_model_card
 from .monitor import Rollout, RolloutLog, rollout_metrics
 from .processing import load_processor, special_tokens
-from .prompts import Question, read_answer, read_question, without_marks
+from .prompts import Question, read_answer, read_question
 from .rewards import (
     PROPOSER_ENTROPY_MEAN,
     PROPOSER_ENTROPY_STD,
@@ -77,7 +72,6 @@ from .role_adapters import (
     check_quantized_modules,
     keep_adapters_precise,
     keep_gradients_on_cpu,
-    load_role_adapters,
     role_lora_configs,
     role_optimizer,
     vision_modules,
@@ -105,7 +99,7 @@ from .shared_prefix import (
     with_features,
 )
 from .sr2se.early_exit import ConfidenceGate
-from .state import STATE_NAME, check_complete, last_complete_checkpoint, load_samples, save_samples
+from .state import check_complete, last_complete_checkpoint
 from .voting import Vote, is_settled, vote
 
 
@@ -119,7 +113,7 @@ _ROW_MEAN_LOSSES = ("grpo", "dr_grpo", "sapo", "luspo")
 _SHARED_PREFIX_TOLERANCE = {"full": 1e-3, "half": 5e-2}
 
 
-class EvoLMMTrainer(GRPOTrainer):
+class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
     """
     Trains a vision-language model on images alone, by the method of [EvoLMM](https://huggingface.co/papers/2511.16672).
 
@@ -1051,203 +1045,6 @@ class EvoLMMTrainer(GRPOTrainer):
             torch.accelerator.synchronize()
         self._step_seconds[name] += time.perf_counter() - start
 
-    # ------------------------------------------------------------------------------------------------------------
-    # Evaluation on labelled questions
-
-    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        """Yields lists of this process's labelled rows."""
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            if self.eval_dataset is None:
-                raise ValueError(
-                    "Evaluation needs an `eval_dataset` with the columns 'image', 'question' and 'answer'."
-                )
-            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
-        columns = getattr(eval_dataset, "column_names", None)
-        if columns is not None and not {"image", "question", "answer"} <= set(columns):
-            raise ValueError(
-                f"`eval_dataset` has the columns {sorted(columns)}; expected 'image', 'question' and 'answer'."
-            )
-        readable = readable_images(eval_dataset, max_pixels=self.args.max_pixels, image_root=self.args.image_root)
-        return DataLoader(
-            _Share(readable, self.accelerator.process_index, self.accelerator.num_processes),
-            batch_size=self.args.eval_batch_size,
-            collate_fn=list,
-        )
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ) -> EvalLoopOutput:
-        """
-        Accuracy of the solver on labelled questions: greedy, sampled (mean over N), and of the majority of N; with the
-        agreement, entropy and unreadable share of the sampled answers.
-        """
-        self.model.eval()  # and stays so: GRPOTrainer's log tells the metrics of evaluation from those of training by it
-        n = self.num_generations_eval
-        scores: list[Scores] = []
-        for rows in dataloader:
-            questions = [without_marks(str(row["question"]), self._special_tokens) for row in rows]
-            prompts = encode_prompts(
-                self.processing_class,
-                [self.prompts.solver_messages(question) for question in questions],
-                [row["image"] for row in rows],
-                **self.chat_template_kwargs,
-            )
-            seeds = [
-                [None, *(sample_seed(self.args.seed, "eval", row["image_id"], row["question"], i) for i in range(n))]
-                for row in rows
-            ]
-            with self._sampling() as model:
-                ids = self._generate_role(model, SOLVER, prompts, seeds)
-            for row, group in zip(rows, ids, strict=True):
-                greedy, *sampled = self._decode(group)
-                if not row[_FILLER]:
-                    scores.append(score_answers(str(row["answer"]), greedy, sampled))
-        scores = gather_object(scores)
-        if not scores:
-            raise ValueError("`eval_dataset` has no rows; leave it out or add labelled questions.")
-        metrics = Scores.mean(scores)
-        warning = Scores.vote_warning(scores, n) if self.state.global_step == 0 else None
-        if warning is not None and self.accelerator.is_main_process:
-            logger.warning(warning)
-        return EvalLoopOutput(
-            predictions=None,
-            label_ids=None,
-            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
-            num_samples=len(scores),
-        )
-
-    # ------------------------------------------------------------------------------------------------------------
-    # Checkpoints
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            write_model_card(self, Path(output_dir or self.args.output_dir))
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs) -> None:
-        """Writes this trainer's model card to `args.output_dir`."""
-        if self.is_world_process_zero():
-            write_model_card(self, Path(self.args.output_dir), model_name, dataset_name, tags)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        # The trainer's state is written last, by transformers, and makes a checkpoint complete: that of an earlier run in
-        # this place must not make a half-written one look so
-        if self.args.should_save:
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        self.accelerator.wait_for_everyone()
-        save_samples(
-            self._pending_questions, folder / f"pending_questions_{self.accelerator.process_index}.safetensors"
-        )
-        if self.args.should_save:
-            state = {
-                "step": self.state.global_step,
-                "kl": {role: self.kl[role].state_dict() for role in ROLES},
-                "baselines": {role: self.baselines[role].state_dict() for role in ROLES},
-                "rollout_log_bytes": len(self.rollout_log),
-                "preference_log_bytes": len(self.preference_log),
-                "processes": self.accelerator.num_processes,
-                "images": self._image_order.state_dict(self.state.global_step),
-            }
-            (folder / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n")
-        super()._save_checkpoint(model, trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """
-        Pushes a checkpoint from a thread as the parent does, but from a folder of its own. The parent pushes the output
-        folder, where `rollouts.jsonl` grows meanwhile, and which lacks the checkpoint's proposer and card.
-        """
-        args = self.args
-        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
-            return
-        if self.push_in_progress is not None:
-            if not self.push_in_progress.is_done() and not args.hub_always_push:
-                return
-            self._finish_current_push()  # it reads the folder that is now written anew
-        output_dir, folder = args.output_dir, Path(args.output_dir) / "_push"
-        folder.mkdir(exist_ok=True)
-        shutil.copy(Path(checkpoint_folder) / "README.md", folder)
-        if self.roles.separate:
-            proposer = ADAPTER_OF[PROPOSER]
-            shutil.copytree(Path(checkpoint_folder) / proposer, folder / proposer, dirs_exist_ok=True)
-        if self.rollout_log.path.exists():
-            shutil.copy(self.rollout_log.path, folder)
-        args.output_dir = str(folder)
-        try:
-            super()._push_from_checkpoint(checkpoint_folder)
-        finally:
-            args.output_dir = output_dir
-
-    def _finish_current_push(self) -> None:
-        """Waits as the parent does, and says which pushes failed, of which the parent says nothing."""
-        super()._finish_current_push()
-        push = getattr(self, "push_in_progress", None)
-        if push is None:
-            return
-        self.push_in_progress = None
-        for job in push.jobs:
-            if job.exception() is not None:
-                logger.warning("A checkpoint was not pushed to %s: %s", self.hub_model_id, job.exception())
-        shutil.rmtree(Path(self.args.output_dir) / "_push", ignore_errors=True)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # before the trainer's state, which says that all have written
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if isinstance(self.model, PeftModel):
-            # The parent loads one adapter and freezes the other
-            load_role_adapters(self.model, resume_from_checkpoint)
-            self.roles.check()
-        elif self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            if (Path(resume_from_checkpoint) / "adapter_config.json").exists():
-                # `from_pretrained` would load the model that it names
-                raise ValueError(
-                    f"{resume_from_checkpoint} holds adapters, but all weights are trained: pass `peft_config`."
-                )
-            # The parent skips, with a warning, every tensor whose name in memory is not the one that is saved, which in
-            # Qwen2.5-VL are all of them
-            saved = type(self.model).from_pretrained(
-                resume_from_checkpoint, dtype=self.model.dtype, use_safetensors=True, local_files_only=True
-            )
-            self.model.load_state_dict(saved.state_dict())
-
-    def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_best_model()
-        else:
-            # The parent loads one adapter: the best solver beside the last proposer
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.accelerator.is_fsdp2:
-            load_fsdp2_optimizer(self.accelerator, self.model, self.optimizer, checkpoint)
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        state = json.loads((Path(checkpoint) / STATE_NAME).read_text())
-        if state["processes"] != self.accelerator.num_processes:
-            raise ValueError(
-                f"{checkpoint} was saved by {state['processes']} processes and cannot be resumed on "
-                f"{self.accelerator.num_processes}: the questions that wait for the proposer's step are kept per process."
-            )
-        for role in ROLES:
-            self.kl[role].load_state_dict(state["kl"][role])
-            self.baselines[role].load_state_dict(state["baselines"][role])
-        self._image_order.load_state_dict(state["images"])
-        self._pending_questions = load_samples(
-            Path(checkpoint) / f"pending_questions_{self.accelerator.process_index}.safetensors"
-        )
-        if self.accelerator.is_main_process:
-            self.rollout_log.resume(state["rollout_log_bytes"])
-            if self.args.collect_preferences:
-                self.preference_log.resume(state["preference_log_bytes"])
-
 
 @dataclass(frozen=True)
 class _Part:
@@ -1265,40 +1062,12 @@ class _Part:
     tokens: int
 
 
-_FILLER = "is_filler"
-
-
 class _RolloutLoader(DataLoader):
     """A `DataLoader` that tells its batch sampler the epoch, as transformers asks of a loader."""
 
     def set_epoch(self, epoch: int) -> None:
         if isinstance(self.batch_sampler, RolloutSampler):
             self.batch_sampler.set_epoch(epoch)
-
-
-class _Share(torch.utils.data.IterableDataset):
-    """
-    This process's share of the rows: every `world_size`-th. All processes have as many, since they generate together
-    where the model is sharded: those that would have one fewer get another's, marked as a filler.
-    """
-
-    def __init__(self, rows, rank: int, world_size: int):
-        self.rows = rows
-        self.rank = rank
-        self.world_size = world_size
-
-    def __iter__(self) -> Iterator[dict]:
-        if hasattr(self.rows, "__len__"):
-            # Images of other processes are not read
-            for first in range(0, len(self.rows), self.world_size):
-                own = first + self.rank
-                filler = own >= len(self.rows)
-                yield {**self.rows[first if filler else own], _FILLER: filler}
-            return
-        rows = iter(self.rows)
-        while block := list(islice(rows, self.world_size)):
-            filler = self.rank >= len(block)
-            yield {**block[0 if filler else self.rank], _FILLER: filler}
 
 
 def _agreement_only(**kwargs):
