@@ -14,10 +14,8 @@
 
 import ast
 import importlib
-import importlib.util
 import re
 import shlex
-import sys
 from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
@@ -25,7 +23,8 @@ from statistics import fmean
 import pytest
 from trl import GRPOConfig
 
-from evolmm_trl import EvoLMMConfig, proposer_reward, solver_rewards, vote
+from evolmm_trl import EvoLMMConfig, cli, proposer_reward, solver_rewards, vote
+from evolmm_trl.training import launch_options, make_parser
 
 
 ROOT = Path(__file__).parent.parent
@@ -166,22 +165,28 @@ def test_make_targets_that_are_named_exist(page):
     assert {name for part in code for name in re.findall(r"\bmake ([a-z][\w-]*)", part)} <= targets
 
 
+@pytest.fixture(scope="module")
+def train_options() -> set[str]:
+    return {"--config", "--accelerate_config", *make_parser()._option_string_actions, *launch_options()}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_commands_name_files_and_options_that_exist(page, monkeypatch):
-    spec = importlib.util.spec_from_file_location("train_qwen", ROOT / "examples" / "train_qwen.py")
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_qwen", script)
-    spec.loader.exec_module(script)
-    options = {"--config", *script.make_parser()._option_string_actions}
+def test_commands_name_files_and_options_that_exist(page, train_options):
     for block in blocks(page, "bash"):
         for command in block.replace("\\\n", " ").splitlines():
             words = shlex.split(command, comments=True)
-            if "examples/train_qwen.py" not in words:
+            script = "examples/train_qwen.py"
+            training = script in words or words[:2] == ["evolmm", "train"]
+            if not training and words[:1] != ["evolmm"]:
                 continue
-            ours = words[words.index("examples/train_qwen.py") :]
-            assert {word for word in ours if word.startswith("--")} <= options
-            files = [word for word in words if word.endswith((".py", ".yaml"))]
-            assert [file for file in files if not (ROOT / file).is_file()] == []
+            ours = words[words.index(script) :] if script in words else words[1:]
+            if training:
+                assert {word for word in ours if word.startswith("--")} <= train_options
+                files = [word for word in words if word.endswith((".py", ".yaml"))]
+                assert [file for file in files if "/" in file and not (ROOT / file).is_file()] == []
+            else:
+                _, unknown = cli.make_parser().parse_known_args(ours)  # exits if something is missing
+                assert unknown == []
 
 
 def test_the_readme_has_the_place_of_the_experiments():

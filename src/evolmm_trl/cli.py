@@ -21,10 +21,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from .commands import UsageError, sr2se
+from .commands import UsageError, sr2se, train
 
 
-COMMANDS = (sr2se,)  # in the order of `evolmm --help`
+COMMANDS = (train, sr2se)  # in the order of `evolmm --help`
 
 _DESCRIPTION = "Train vision-language models from images nobody labelled, and see whether it worked."
 _EPILOG = """\
@@ -40,18 +40,18 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
         self.set_defaults(parser=self)  # of nested parsers, the innermost remains
         self.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+            "--traceback", action="store_true", default=argparse.SUPPRESS, help="show where an error comes from"
         )
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}. `{self.prog} --help` says more.\n")
+        self.exit(2, f"{self.prog}: error: {message.rstrip('.')}. `{self.prog} --help` says more.\n")
 
     def refuse(self, unknown: Sequence[str]):
         """Ends the program because of arguments that are not known."""
         names = [name for action in self._actions for name in action.option_strings]
         near = [near for name in unknown for near in difflib.get_close_matches(name.split("=")[0], names, 1)]
-        hint = f". Did you mean {' and '.join(dict.fromkeys(near))}?" if near else ""
-        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}".rstrip("."))
+        hint = f" (did you mean {' and '.join(dict.fromkeys(near))}?)" if near else ""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -75,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         `int`: the exit status, 0 if it is done, 1 if it failed, 2 if the arguments cannot be used.
     """
     parsed, unknown = make_parser().parse_known_args(arguments)
-    if unknown:
+    if getattr(parsed, "takes_more", False):
+        parsed.more = unknown
+    elif unknown:
         parsed.parser.refuse(unknown)
     try:
         return parsed.run(parsed) or 0
@@ -83,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # of `evolmm ask ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        if getattr(parsed, "debug", False):
+        if getattr(parsed, "traceback", False):
             traceback.print_exc()
         print(f"evolmm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
