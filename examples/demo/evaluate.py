@@ -27,6 +27,7 @@ from itertools import takewhile
 import torch
 from charts import Chart, parse_question
 from PIL import Image
+from tqdm.auto import tqdm
 
 from evolmm_trl.answers import canonical_answer
 from evolmm_trl.prompts import read_answer, read_question
@@ -66,7 +67,7 @@ def sample(
     """
     generator = torch.Generator().manual_seed(seed)
     completions = []
-    for start in range(0, len(prompts), batch_size):
+    for start in tqdm(range(0, len(prompts), batch_size), desc="evaluating", leave=False, disable=None):
         inputs = encode(processor, images[start : start + batch_size], prompts[start : start + batch_size], prefix)
         completions += _sample_batch(
             model, processor, inputs, samples, greedy, temperature, max_new_tokens, generator, prefix, forbid_first

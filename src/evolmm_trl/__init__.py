@@ -29,6 +29,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "answers": ["canonical_answer"],
+        "asking": ["Reply", "ask"],
         "config": ["EvoLMMConfig"],
         "data": ["load_images"],
         "kl": ["AdaptiveKL"],

@@ -21,10 +21,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from .commands import UsageError, sr2se, train
+from .commands import UsageError, ask, demo, sr2se, train, visible
 
 
-COMMANDS = (train, sr2se)  # in the order of `evolmm --help`
+COMMANDS = (train, ask, demo, sr2se)  # in the order of `evolmm --help`
 
 _DESCRIPTION = "Train vision-language models from images nobody labelled, and see whether it worked."
 _EPILOG = """\
@@ -80,14 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif unknown:
         parsed.parser.refuse(unknown)
     try:
-        return parsed.run(parsed) or 0
+        status = parsed.run(parsed) or 0
+        sys.stdout.flush()
+        return status
     except (UsageError, ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # of `evolmm ask ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         if getattr(parsed, "traceback", False):
             traceback.print_exc()
-        print(f"evolmm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"evolmm: error: {visible(' '.join(str(error).split()), 2000)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("evolmm: interrupted", file=sys.stderr)

@@ -20,7 +20,7 @@ import warnings
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForImageTextToText
@@ -34,7 +34,7 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PLACES = ("", "solver")  # this package's layout and the authors'
 
 
-def load_solver(base: str, adapter: str, **kwargs):
+def load_solver(base: str, adapter: str | None = None, **kwargs):
     """
     Loads a trained solver, ready to answer.
 
@@ -43,15 +43,15 @@ def load_solver(base: str, adapter: str, **kwargs):
     Args:
         base (`str`):
             Id or path of the base model.
-        adapter (`str`):
+        adapter (`str`, *optional*):
             Id or path of the adapters: this package's layout, with the solver in the root, or the authors', with the
-            solver in the subfolder `solver`.
+            solver in the subfolder `solver`. Without it the base model answers, as before training.
         **kwargs:
             For `from_pretrained` of the base model, such as `dtype` or `device_map`. Those about the Hub go to the
             processor too, and `token`, `cache_dir` and `local_files_only` also to the adapters.
 
     Returns:
-        `tuple[PeftModel, ProcessorMixin]`: the model, in eval mode, and its processor.
+        `tuple[PeftModel or PreTrainedModel, ProcessorMixin]`: the model, in eval mode, and its processor.
 
     Raises:
         `ValueError`: if there is no adapter, its weights are not safetensors, or it does not fit the base model.
@@ -62,25 +62,32 @@ def load_solver(base: str, adapter: str, **kwargs):
     >>> model, processor = load_solver("Qwen/Qwen2.5-VL-7B-Instruct", "charts-evolmm", device_map="auto")
     ```
     """
-    hub = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
-    folder = _solver_folder(adapter, **hub)
-    trained_on = _check_config(folder)
-    if trained_on is not None and Path(trained_on).name != Path(base).name:
-        logger.warning("%s was trained on %s and is loaded on %s.", adapter, trained_on, base)
+    folder = None
+    if adapter is not None:
+        hub = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
+        folder = _solver_folder(adapter, **hub)
+        trained_on = _check_config(folder)
+        if trained_on is not None and Path(trained_on).name != Path(base).name:
+            logger.warning("%s was trained on %s and is loaded on %s.", adapter, trained_on, base)
 
     kwargs = {"trust_remote_code": False, **kwargs}  # unset, transformers asks at the terminal
     model = AutoModelForImageTextToText.from_pretrained(base, **kwargs)
+    if folder is not None:
+        model = _with_adapter(model, folder, base)
+    processor = load_processor(base, **{name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
+    return model.eval(), processor
+
+
+def _with_adapter(model, folder: Path, base: str) -> PeftModel:
     try:
         with warnings.catch_warnings():
             # Of tensors that it misses PEFT only warns, and the adapter has no effect
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(model, str(folder))
+            return PeftModel.from_pretrained(model, str(folder))
     except UserWarning as error:
         raise ValueError(
             f"The adapter in {folder} does not fit {base}: {error} Use the base model that it was trained on."
         ) from error
-    processor = load_processor(base, **{name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
-    return model.eval(), processor
 
 
 def merge_solver(base: str, adapter: str, output_dir: str, **kwargs) -> None:
@@ -145,7 +152,7 @@ def _solver_folder(adapter: str, **kwargs) -> Path:
         wanted = [f"{place}/{name}".lstrip("/") for place in _PLACES for name in _ADAPTER_FILES]
         try:
             root = Path(snapshot_download(adapter, allow_patterns=wanted, **kwargs))
-        except (HFValidationError, RepositoryNotFoundError) as error:
+        except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
             raise ValueError(
                 f"{adapter} is neither a folder nor a repository on the Hub that can be read. For a private repository, "
                 "pass `token` or log in with `hf auth login`."

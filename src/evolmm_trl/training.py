@@ -85,7 +85,7 @@ class RecipeParser(TrlParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
-        raise UsageError(f"{message}. `evolmm train --help` says more.")
+        _refuse(message)
 
     def parse_args_and_config(self, args: Sequence[str], **kwargs) -> tuple:
         """
@@ -144,9 +144,20 @@ def make_parser() -> RecipeParser:
     return RecipeParser((TrainArguments, EvoLMMConfig, ModelConfig))
 
 
+def launch_parser() -> argparse.ArgumentParser:
+    """The parser of `accelerate launch`, which says in one line what is wrong."""
+    parser = launch_command_parser()
+    parser.error = _refuse
+    return parser
+
+
 def launch_options() -> dict[str, argparse.Action]:
     """The options of `accelerate launch`."""
     return launch_command_parser()._option_string_actions
+
+
+def _refuse(message: str):
+    raise UsageError(f"{message}. `evolmm train --help` says more.")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -23,6 +23,21 @@ What a user did wrong is raised as [`UsageError`], `ValueError` or `OSError` wit
 as one line, without a traceback.
 """
 
+import argparse
+
 
 class UsageError(Exception):
     """The arguments cannot be used as they were given: exit status 2."""
+
+
+def visible(text: str, limit: int = 1000) -> str:
+    """A stranger's text for a terminal: on one line, without what would steer it, and not endless."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    return shown if len(text) <= limit else f"{shown}... ({len(text):,} characters)"
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)

@@ -98,6 +98,8 @@ def answer_file(reasoner, source: str, output: str) -> dict:
     """
     from pathlib import Path
 
+    from tqdm.auto import tqdm
+
     from ..data import UnreadableImageError
     from ..sr2se.early_exit import is_right
     from ..sr2se.rows import BadRow, Row, read_rows, warn_of
@@ -127,7 +129,8 @@ def answer_file(reasoner, source: str, output: str) -> dict:
         group.clear()
 
     with open(output, "w", encoding="utf-8") as file:
-        for row in read_rows(source, ("question",), Path(output).parent / "images"):
+        rows = read_rows(source, ("question",), Path(output).parent / "images")
+        for row in tqdm(rows, desc="answers", unit="row", disable=None):
             if isinstance(row, Row):
                 try:
                     group.append((row, reasoner.policies.image(row.image_path)))

@@ -124,14 +124,16 @@ def _launch(options: list[str], own: list[str]) -> int:
     """Trains in processes that `accelerate launch` starts; each says itself what goes wrong."""
     from subprocess import CalledProcessError
 
-    from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.commands.launch import launch_command
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from ..training import launch_parser
 
     for option, file in zip(options, options[1:], strict=False):
         if option == "--config_file" and not os.path.isfile(file):
             raise UsageError(f"There is no file {file!r}, which --accelerate_config names.")
     module = ["--module", "evolmm_trl.cli", "train"]
-    launch = launch_command_parser().parse_args([*options, *module, *own])
+    launch = launch_parser().parse_args([*options, *module, *own])
     if launch.training_script != module[1]:
         raise UsageError(f"{launch.training_script!r} belongs to no option.")
     try:

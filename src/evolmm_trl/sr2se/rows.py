@@ -16,6 +16,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,8 +121,8 @@ def _read_jsonl(path: Path, needed: tuple[str, ...]) -> Iterator[Row | BadRow]:
             yield BadRow(index, where, "lacks image")
             continue
         image = path.parent / record["image"]
-        if not image.is_file():
-            yield BadRow(index, f"{where} ({record['image']})", "missing image")
+        if not os.path.isfile(image):  # `Path.is_file` raises on a name that is too long
+            yield BadRow(index, f"{where} ({record['image'][:200]})", "missing image")
             continue
         yield _row(index, where, str(image.resolve()), record, needed)
 
@@ -136,10 +137,10 @@ def _read_dataset(dataset, needed: tuple[str, ...], image_folder: Path) -> Itera
             yield BadRow(index, where, "lacks image")
             continue
         path = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
-        if path is not None and not Path(path).is_file() and not (isinstance(image, dict) and image.get("bytes")):
-            yield BadRow(index, f"{where} ({path})", "missing image")
+        if path is not None and not os.path.isfile(path) and not (isinstance(image, dict) and image.get("bytes")):
+            yield BadRow(index, f"{where} ({path[:200]})", "missing image")
             continue
-        if path is None or not Path(path).is_file():
+        if path is None or not os.path.isfile(path):
             try:
                 decoded = decode_image(image)
             except UnreadableImageError as error:
