@@ -21,6 +21,7 @@ SR2SE stage by stage on labelled questions: pairs and a gate, SR-DPO, the gate a
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from evolmm_trl.sr2se import (
     SRDPOConfig,
     SRDPOTrainer,
     SubPolicies,
+    SubPolicyPrompts,
     build_pairs,
     load_preferences,
     train_gate,
@@ -52,17 +54,22 @@ def fit_gate(policies: SubPolicies, rollouts: Path) -> EarlyExitReasoner:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True, help="JSONL with image, question and answer")
+    parser.add_argument("--data", type=Path, required=True, help="JSONL with image, question and answer")
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, help="JSON with prompts to replace, by name")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--learning_rate", type=float, default=5e-6)
     arguments = parser.parse_args()
     out, device = arguments.output_dir, "cuda" if torch.cuda.is_available() else "cpu"
+    prompts = SubPolicyPrompts.from_dict(json.loads(arguments.prompts.read_text()) if arguments.prompts else None)
+
+    # Images are beside the data or below; paths that lead elsewhere are skipped
+    images = arguments.data.parent
 
     # Pairs, and the gate's rollouts from the same descriptions
     processor = load_processor(arguments.model)
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=arguments.dtype).to(device)
-    policies = SubPolicies(model, processor)
+    policies = SubPolicies(model, processor, prompts)
     report = build_pairs(
         policies,
         arguments.data,
@@ -82,7 +89,7 @@ def main() -> None:
             bf16=arguments.dtype == "bfloat16",
             report_to="none",
         ),
-        train_dataset=load_preferences(out / "pairs.jsonl", processor),
+        train_dataset=load_preferences(out / "pairs.jsonl", processor, prompts, image_root=images),
         processing_class=processor,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
     )
@@ -90,7 +97,7 @@ def main() -> None:
     trainer.save_model(str(out / "adapter"))
 
     # The model has changed, and its hidden states with it: the gate is fitted again, on greedy descriptions as in use
-    policies = SubPolicies(trainer.model, processor)
+    policies = SubPolicies(trainer.model, processor, prompts)
     build_pairs(
         policies,
         arguments.data,
@@ -102,8 +109,9 @@ def main() -> None:
     reasoner = fit_gate(policies, out / "final_rollouts")
     reasoner.save_pretrained(out / "final_gate")
 
-    row = load_preferences(out / "pairs.jsonl", processor)[0]
-    result = reasoner.generate(row["image"], "What does the image show?")
+    with open(out / "pairs.jsonl") as file:
+        pair = json.loads(file.readline())
+    result = reasoner.generate(pair["image_path"], pair["question"])
     print(f"{result.answer!r} after {len(result.steps)} steps and {result.tokens} tokens")
 
 

@@ -27,6 +27,8 @@ from accelerate.utils import DistributedType
 from tiny_trainer import TalkingTrainer, config, image_dataset, lora
 from transformers import TrainerCallback
 
+from evolmm_trl.sr2se import ConfidenceGate
+
 
 def let_fsdp_run_on_the_cpu() -> None:
     """Accelerate knows FSDP on accelerators alone, and would train with DDP here without a word."""
@@ -82,6 +84,7 @@ def main():
     parser.add_argument("--no_lora", action="store_true")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--die", action="store_true")
+    parser.add_argument("--vote_gate")
     args = parser.parse_args()
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_fsdp_run_on_the_cpu()
@@ -96,6 +99,7 @@ def main():
         eval_dataset=image_dataset(3).add_column("question", ["Which?"] * 3).add_column("answer", ["1"] * 3),
         peft_config=None if args.no_lora else lora(),
         callbacks=[watch],
+        vote_gate=ConfidenceGate.from_pretrained(args.vote_gate) if args.vote_gate else None,
     )
     watch.trainer = trainer
     trainer.train(resume_from_checkpoint=args.resume or None)

@@ -23,13 +23,15 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from charts import chart, labelled_questions
+from charts import VAL_SEEDS, chart, labelled_questions
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny_models import tiny_qwen2_5_vl
 from transformers import AutoModelForImageTextToText
 
-from evolmm_trl import training
+from evolmm_trl import load_processor, training
 from evolmm_trl.commands import UsageError
+from evolmm_trl.sr2se import EarlyExitReasoner
 
 
 ROOT = Path(__file__).parent.parent
@@ -140,7 +142,7 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def run(workplace, *command) -> None:
+def run(workplace, *command) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(workplace / "cache")}
     done = subprocess.run(
         [sys.executable, *map(str, command)],
@@ -151,6 +153,7 @@ def run(workplace, *command) -> None:
         timeout=1200,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
 
 
 def load_role(base, output, role: str) -> dict[str, torch.Tensor]:
@@ -221,3 +224,30 @@ def test_the_script_takes_a_recipe_evaluates_trains_both_roles_and_resumes(workp
     for role, tensors in finished.items():
         resumed = load_role(DEMO_MODEL, workplace / "recipe", role)
         assert all(torch.equal(resumed[name], tensor) for name, tensor in tensors.items())
+
+
+def test_the_sr2se_script_goes_from_questions_to_an_answer(workplace):
+    model, prompts = DEMO_MODEL.parent / "sr2se", DEMO_MODEL.parent.parent / "sr2se_prompts.json"
+    (workplace / "questions").mkdir()
+    rows = labelled_questions(VAL_SEEDS[:40])
+    with open(workplace / "questions" / "train.jsonl", "w") as file:
+        for i, row in enumerate(rows):
+            row["image"].save(workplace / "questions" / f"{i}.png")
+            file.write(json.dumps({**row, "image": f"{i}.png"}) + "\n")
+    printed = run(
+        workplace,
+        *(SCRIPT.with_name("sr2se.py"), "--model", model, "--data", "questions/train.jsonl", "--output_dir", "sr2se"),
+        *("--prompts", prompts, "--dtype", "float32", "--learning_rate", "1e-3"),
+    )
+    out = workplace / "sr2se"
+    pairs = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    assert len(pairs) > 1 and f"{len(pairs)} pairs from 40 questions" in printed
+    base = AutoModelForImageTextToText.from_pretrained(model)
+    trained = PeftModel.from_pretrained(base, out / "adapter")
+    assert has_moved({name: p for name, p in trained.named_parameters() if ".lora_" in name})
+    # The gate that was fitted last, on the model that was trained, gives the answer that was printed
+    reasoner = EarlyExitReasoner.from_pretrained(out / "final_gate", trained, load_processor(model))
+    result = reasoner.generate(pairs[0]["image_path"], pairs[0]["question"])
+    assert f"{result.answer!r} after {len(result.steps)} steps and {result.tokens} tokens" in printed
+    states = [load_file(sorted((out / name).iterdir())[0])["hidden"] for name in ("rollouts", "final_rollouts")]
+    assert states[0].shape == states[1].shape and not torch.allclose(*states)

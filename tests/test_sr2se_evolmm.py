@@ -20,6 +20,7 @@ import shutil
 
 import pytest
 import torch
+from engines import largest_difference, run
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -318,6 +319,32 @@ def test_a_vote_gate_is_trained_saved_and_used(base, tmp_path):
     assert torch.equal(again(made.hidden), gate(made.hidden)) and again.threshold == gate.threshold
     trainer = make(base, tmp_path, again, num_generations=2, extra_votes=1, early_votes=True, max_steps=1)
     trainer.train()
+
+
+def test_two_processes_draw_the_votes_of_one(base, tmp_path):
+    """Which questions are still voted on, and for how long, differs between the processes."""
+    torch.manual_seed(1)
+    ConfidenceGate(32, threshold=0.502).save_pretrained(tmp_path / "gate")
+    # A small learning rate, or a gate's decision could hang on the last digit of a weight
+    options = {"max_steps": 3, "num_generations": 2, "extra_votes": 4, "early_votes": True, "learning_rate": 1e-6}
+    arguments = "--vote_gate", str(tmp_path / "gate")
+    one = run(None, base, tmp_path / "one", *arguments, **options)[0]
+    two = run("ddp", base, tmp_path / "two", *arguments, **options)
+    assert [result["processes"] for result in (one, *two)] == [1, 2, 2]
+    records, expected = (read(tmp_path / name / "rollouts.jsonl") for name in ("two", "one"))
+    named = ("step", "image_id", "question", "majority", "entropy")
+    for mine, theirs in zip(records, expected, strict=True):
+        assert [mine[name] for name in named] == [theirs[name] for name in named]
+        assert [a["completion"] for a in mine["answers"]] == [a["completion"] for a in theirs["answers"]]
+    drawn = [len(record["answers"]) for record in records]
+    unsettled = [not is_settled(vote([a["canonical"] for a in r["answers"]]), 6 - len(r["answers"])) for r in records]
+    assert any(n < 6 and open_ for n, open_ in zip(drawn, unsettled, strict=True)), "the gate should stop some"
+    # A step's records are those of the first process and then those of the second
+    halves = [(drawn[i : i + 2], drawn[i + 2 : i + 4]) for i in range(0, len(drawn), 4)]
+    assert any(max(first) != max(second) for first, second in halves), "the processes should differ in their calls"
+    votes = [[row["votes"] for row in result["log"] if "votes" in row] for result in (two[0], one)]
+    assert votes[0] == pytest.approx(votes[1]) and votes[0]
+    assert largest_difference(two[0]["weights"], two[1]["weights"]) == 0.0
 
 
 def test_settings_that_cannot_work_are_refused(base, tmp_path):

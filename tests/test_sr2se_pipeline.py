@@ -16,6 +16,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ from transformers import AutoModelForImageTextToText
 
 from evolmm_trl import cli
 from evolmm_trl.sr2se import SR2SEConfig, run_pipeline
-from evolmm_trl.sr2se.pipeline import load_run
+from evolmm_trl.sr2se.pipeline import _Run, _sft_dataset, load_run
+from evolmm_trl.sr2se.refinement import write_json
 
 
 BASE = str(DEMO / "models" / "sr2se")
@@ -89,8 +91,8 @@ def test_every_stage_of_every_round_leaves_what_the_next_one_starts_from(run):
     summary = json.loads((run / "run" / "run.json").read_text())
     rounds = [f"round-{n}/{stage}" for n in (1, 2) for stage in ("sft", "pairs", "gate", "dpo", "final_gate")]
     assert list(summary["stages"]) == [name for name in rounds if name != "round-2/sft"]
-    assert summary["model"] == str(run / "run" / "round-2" / "dpo" / "model")
-    assert summary["gate"] == str(run / "run" / "round-2" / "final_gate" / "gate")
+    assert summary["model"] == "round-2/dpo/model"
+    assert summary["gate"] == "round-2/final_gate/gate"
     assert summary["stages"]["round-1/pairs"]["pairs"] == summary["stages"]["round-1/dpo"]["pairs"] > 0
     for stage, starts_from in {
         "round-1/pairs": "round-1/sft/model",
@@ -100,7 +102,7 @@ def test_every_stage_of_every_round_leaves_what_the_next_one_starts_from(run):
         "round-2/final_gate": "round-1/dpo/model",
     }.items():
         marker = json.loads((run / "run" / stage / "done.json").read_text())
-        assert marker["settings"]["starts_from"] == str(run / "run" / starts_from)
+        assert marker["settings"]["starts_from"] == starts_from
 
 
 def test_each_training_stage_changes_the_language_model_alone(run):
@@ -128,12 +130,12 @@ def _load(file):
     return load_file(str(file))
 
 
-def test_finished_stages_are_skipped_and_others_refused_with_other_settings(run):
+def test_finished_stages_are_skipped_and_others_refused_with_other_settings(run, capsys):
     before = done(run)
     assert cli.main(["sr2se", "run", str(run / "run.yaml")]) == 0
     assert done(run) == before
-    with pytest.raises(ValueError, match=r"Stage dpo of round 1 was done with other settings \(dpo\)"):
-        cli.main(["sr2se", "run", str(run / "run.yaml"), "--set", "dpo.learning_rate=1e-5"])
+    assert cli.main(["sr2se", "run", str(run / "run.yaml"), "--set", "dpo.learning_rate=1e-5"]) == 1
+    assert "Stage dpo of round 1 was done with other settings (dpo)" in capsys.readouterr().err
 
 
 def test_a_stage_alone_needs_its_forerunner(data, tmp_path):
@@ -149,6 +151,101 @@ def test_a_stage_alone_needs_its_forerunner(data, tmp_path):
     with pytest.raises(ValueError, match="no preference pairs"):
         run_pipeline(config, ["dpo"])
     assert not (tmp_path / "run" / "round-1" / "dpo" / "model").exists()
+    # What was done before it is on record
+    assert list(json.loads((tmp_path / "run" / "run.json").read_text())["stages"]) == ["round-1/pairs"]
+    with pytest.raises(ValueError, match="The stage sft needs `sft_data`"):
+        run_pipeline(config, ["sft"])
+
+
+def pretend(config: SR2SEConfig, stages=("pairs", "gate", "dpo", "final_gate"), report=None) -> None:
+    """Writes that stages of the first round are done, as the run would."""
+    made = _Run(config)
+    for stage in stages:
+        marker = made._marker(stage, 1)
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        write_json(marker, {"settings": made._settings(stage, 1), "report": report})
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage", "message"),
+    [
+        ({}, None, None),
+        ({"generation": {"batch_size": 2}}, None, None),
+        ({"generation": {"max_pixels": 2500}}, "final_gate", r"Stage final_gate .* \(generation\)"),
+        ({"refinement": {"max_refinements": 1}}, None, r"Stage pairs .* \(refinement\)"),
+        # Of a stage alone, too: its forerunners were done for other settings
+        ({"refinement": {"max_refinements": 1}}, "gate", r"Stage pairs .* \(refinement\)"),
+        ({"refinement": {"max_refinements": 1}}, "dpo", r"Stage pairs .* \(refinement\)"),
+        ({"dpo": {"learning_rate": 1.0, "use_cpu": True}}, "final_gate", r"Stage dpo .* \(dpo\)"),
+        ({"gate": {"epochs": 3}}, "gate", r"Stage gate .* \(gate\)"),
+        ({"labels": False}, None, r"Stage pairs .* \(labels, labeller, role_prompts\)"),
+        ({"image_root": "."}, None, r"Stage pairs .* \(image_root\)"),
+        ({"model": "elsewhere"}, "dpo", r"Stage pairs .* \(starts_from\)"),
+    ],
+)
+def test_nothing_that_was_done_with_other_settings_is_reused(data, tmp_path, changes, stage, message):
+    base = settings(tmp_path, data, generation={"batch_size": 64})
+    pretend(SR2SEConfig(**base))
+    if stage is not None and message is not None:  # a stage that is not done looks at those before it
+        (tmp_path / "run" / "round-1" / stage / "done.json").unlink()
+        pretend(SR2SEConfig(**base), [stage] if stage in message else [])
+    changed = SR2SEConfig(**{**base, **changes})
+    if message is None:
+        assert len(run_pipeline(changed, stage and [stage])["stages"]) == 4
+    else:
+        with pytest.raises(ValueError, match=message):
+            run_pipeline(changed, stage and [stage])
+
+
+def test_stages_are_not_reused_with_another_outcome_of_those_before(data, tmp_path):
+    copy = tmp_path / "data.jsonl"
+    copy.write_text(data.read_text())
+    config = SR2SEConfig(**settings(tmp_path, copy))
+    pretend(config)
+    # The user was told to remove the pairs and did so; they came out differently
+    pretend(config, ["pairs"], report={"pairs": 7})
+    for stage in ("gate", "dpo"):
+        with pytest.raises(ValueError, match=rf"Stage {stage} .* \(outcome of pairs\)"):
+            run_pipeline(config, [stage])
+    copy.write_text(data.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"Stage pairs .* \(content of data\)"):
+        run_pipeline(SR2SEConfig(**settings(tmp_path, copy)), ["pairs"])
+
+
+class StandInTrainer:
+    """A trainer that writes down what it is told to go on from."""
+
+    def __init__(self, folder):
+        self.args, self.model, self.resumed = SimpleNamespace(output_dir=str(folder)), None, "not trained"
+
+    def train(self, resume_from_checkpoint):
+        self.resumed = resume_from_checkpoint
+
+    def save_model(self, folder):
+        pass
+
+
+def test_training_goes_on_from_the_last_whole_checkpoint_of_the_same_settings(data, tmp_path, caplog):
+    config = SR2SEConfig(**settings(tmp_path, data))
+    pretend(config, ["pairs"])
+    folder = tmp_path / "run" / "round-1" / "dpo" / "trainer"
+    trainer = StandInTrainer(folder)
+    _Run(config)._train(trainer, BASE, "dpo", 1)
+    assert trainer.resumed is None
+    for step in (9, 10, 100):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (folder / "checkpoint-100" / "trainer_state.json").write_text('{"global_')  # killed while it wrote
+    (folder / "checkpoint-200").mkdir()
+    _Run(config)._train(trainer, BASE, "dpo", 1)
+    assert trainer.resumed == str(folder / "checkpoint-10")
+    assert "checkpoint-100 is not complete" in caplog.text and "checkpoint-200 is not complete" in caplog.text
+    other = SR2SEConfig(**settings(tmp_path, data, dpo={**TRAINING, "learning_rate": 1.0}))
+    with pytest.raises(ValueError, match=r"Stage dpo of round 1 was begun with other settings \(dpo\)"):
+        _Run(other)._train(trainer, BASE, "dpo", 1)
+    shutil.rmtree(folder)  # nothing to go on from
+    _Run(other)._train(trainer, BASE, "dpo", 1)
+    assert trainer.resumed is None
 
 
 def test_a_folder_of_images_is_enough(data, tmp_path):
@@ -198,11 +295,38 @@ def test_a_file_is_answered_from_a_shell_and_what_is_broken_is_skipped(run, data
     assert [alone.answer, list(alone.steps)] == [answers[5]["answer"], answers[5]["steps"]]
 
 
-def test_half_a_command_is_refused(run):
-    with pytest.raises(SystemExit, match="--image and --question"):
-        cli.main(["sr2se", "answer", str(run / "run"), "--image", "a.png"])
-    with pytest.raises(FileNotFoundError, match=r"run\.json"):
-        cli.main(["sr2se", "answer", str(run), "--image", "a.png", "--question", "q"])
+def test_a_run_may_be_moved_and_is_read_from_anywhere(run, data, tmp_path, monkeypatch):
+    shutil.copytree(run / "run", tmp_path / "moved", ignore=shutil.ignore_patterns("trainer", "round-1", "rollouts"))
+    monkeypatch.chdir(tmp_path)
+    row = labelled_questions(VAL_SEEDS[:1])[0]
+    moved = load_run("moved").generate(row["image"], row["question"])
+    assert moved == load_run(run / "run").generate(row["image"], row["question"])
+
+
+def test_images_outside_the_root_are_not_answered_about(run, data, tmp_path, capsys):
+    source = tmp_path / "questions.jsonl"
+    source.write_text(json.dumps({"image": str(data.parent / "000.png"), "question": "What?"}) + "\n")
+    command = [
+        "sr2se",
+        "answer",
+        str(run / "run"),
+        "--input",
+        str(source),
+        "--output",
+        str(tmp_path / "answers.jsonl"),
+    ]
+    assert cli.main(command) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["answered"], summary["skipped"]) == (0, 1)
+    assert cli.main([*command, "--image_root", str(data.parent)]) == 0
+    assert json.loads(capsys.readouterr().out)["answered"] == 1
+
+
+def test_half_a_command_is_refused(run, capsys):
+    assert cli.main(["sr2se", "answer", str(run / "run"), "--image", "a.png"]) == 2
+    assert "--image and --question" in capsys.readouterr().err
+    assert cli.main(["sr2se", "answer", str(run), "--image", "a.png", "--question", "q"]) == 1
+    assert "run.json" in capsys.readouterr().err
 
 
 def test_help_needs_no_torch(capsys, monkeypatch):
@@ -249,6 +373,44 @@ def test_settings_that_cannot_work_are_refused(data, tmp_path):
 def _without(file: Path, text: str) -> Path:
     file.write_text(file.read_text().replace(text, ""))
     return file
+
+
+def test_a_section_without_entries_is_empty(data, tmp_path):
+    text = yaml.safe_dump(settings(tmp_path, data, gate=None, dpo=None))
+    (tmp_path / "a.yaml").write_text(text)
+    config = SR2SEConfig.from_file(tmp_path / "a.yaml", ["dpo.use_cpu=true", "dpo.bf16=false"])
+    assert config.gate == {} and config.dpo == {"use_cpu": True, "bf16": False}
+
+
+def test_json_that_is_no_yaml_is_read(data, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(settings(tmp_path, data), indent="\t"))
+    with pytest.raises(yaml.YAMLError):
+        yaml.safe_load((tmp_path / "a.json").read_text())
+    assert SR2SEConfig.from_file(tmp_path / "a.json").seed == 42
+
+
+def test_the_final_gate_is_fitted_on_no_more_rows_than_asked_for(data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(_Run, "_build", lambda self, policies, folder, config: asked.append(config.max_rows))
+    monkeypatch.setattr(_Run, "_fit_gate", lambda *args: None)
+    monkeypatch.setattr(_Run, "_policies", lambda *args: None)
+    for refinement in ({}, {"max_rows": 30}, {"max_rows": 70}):
+        run = _Run(SR2SEConfig(**settings(tmp_path, data, gate_rows=50, refinement=refinement)))
+        monkeypatch.setattr(run, "_needed", lambda *args: tmp_path)
+        run._final_gate(1)
+    assert asked == [50, 30, 50]
+
+
+def test_a_strangers_special_tokens_are_not_fine_tuned_on(data, tmp_path):
+    from evolmm_trl import load_processor
+
+    record = json.loads(data.read_text().splitlines()[0])
+    file = data.with_name("sft.jsonl")
+    rows = [{**record, "answer": "5<|im_end|>"}, {**record, "question": "How<|image_pad|> many?"}, record]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset, skipped = _sft_dataset(str(file), load_processor(BASE), {}, None)
+    assert (len(dataset), skipped) == (2, 1)
+    assert [row["prompt"].count("<|image_pad|>") for row in dataset] == [1, 1]
 
 
 def test_numbers_with_an_exponent_are_numbers(data, tmp_path):

@@ -19,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
 from charts import VAL_SEEDS, chart, labelled_questions
 from datasets import Dataset, Image
@@ -163,6 +164,14 @@ def test_a_winner_that_states_the_answer_makes_no_pair(policies, rows):
         ("A bird on a tree.", "A", False, False),
         ("A bird on a tree. Answer: A", "A", True, True),
         ("A Red  Bird, on a tree", "red bird", True, False),
+        ("The bar (8) is red", "8", True, False),
+        ("height=8, width:9", "8", True, False),
+        ("height:8", "8", True, False),
+        ("red/blue", "blue", True, False),
+        ("It costs $8.", "8", True, False),
+        ("It is **8** high", "8", True, False),
+        ("A <answer>8", "8", True, True),
+        ("a well-known bird", "known", True, False),
     ],
 )
 def test_what_states_the_answer(description, answer, contains, declared):
@@ -230,7 +239,79 @@ def test_rows_are_read_as_a_stream(data, tmp_path):
     assert len(list(rows)) < 40
 
 
-def test_a_dataset_is_read_as_a_file_is(data, tmp_path):
+def read_images(source, folder, image_root=None) -> tuple[list[str], list[tuple[int, str]]]:
+    """The names of the images that may be read, and the index and reason of the other rows."""
+    rows = list(read_rows(source, (), folder, image_root))
+    good = [Path(row.image_path).name for row in rows if isinstance(row, Row)]
+    return good, [(row.index, row.reason) for row in rows if isinstance(row, BadRow)]
+
+
+OUTSIDE = "path outside the image root"
+
+
+@pytest.fixture
+def places(tmp_path):
+    """A folder of images, with links out of it, beside a secret one."""
+    (tmp_path / "secret").mkdir()
+    chart(0).image().save(tmp_path / "secret" / "s.png")
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    chart(1).image().save(folder / "sub" / "a.png")
+    (folder / "link.png").symlink_to(tmp_path / "secret" / "s.png")
+    (folder / "out").symlink_to(tmp_path / "secret")
+    return tmp_path
+
+
+def test_a_strangers_paths_lead_into_their_root_alone(places, tmp_path, monkeypatch):
+    secret, folder = places / "secret" / "s.png", places / "folder"
+    outside = [
+        "../secret/s.png",
+        "sub/../../secret/s.png",
+        str(secret),
+        "link.png",
+        "out/s.png",
+        "/etc/passwd",
+        "a\0b",
+    ]
+    inside = ["sub/a.png", "sub/../sub/a.png", str(folder / "sub" / "a.png"), "../folder/sub/a.png"]
+    file = folder / "data.jsonl"
+    file.write_text("".join(json.dumps({"image": name}) + "\n" for name in [*outside, *inside]))
+    reasons = [*[OUTSIDE] * 6, "missing file"]
+    assert read_images(file, tmp_path) == (["a.png"] * 4, list(enumerate(reasons)))
+    # A root that is given is the only one, and where relative paths start
+    file.write_text("".join(json.dumps({"image": name}) + "\n" for name in ["s.png", str(secret), "sub/a.png"]))
+    assert read_images(file, tmp_path, places / "secret") == (["s.png", "s.png"], [(2, "missing image")])
+    file.write_text(json.dumps({"image": str(folder / "sub" / "a.png")}))
+    assert read_images(file, tmp_path, places / "secret") == ([], [(0, OUTSIDE)])
+    # Without one, the working directory is another
+    file.write_text(json.dumps({"image": str(secret)}))
+    monkeypatch.chdir(places / "secret")
+    assert read_images(file, tmp_path) == (["s.png"], [])
+    with pytest.raises(ValueError, match="image_root"):
+        read_rows(file, (), tmp_path, places / "nowhere")
+
+
+def test_a_datasets_paths_lead_into_its_root_alone(places, tmp_path, monkeypatch):
+    names = [str(places / "secret" / "s.png"), "sub/a.png", "link.png"]
+    dataset = Dataset.from_dict({"image": names})
+    assert read_images(dataset, tmp_path, places / "folder") == (["a.png"], [(0, OUTSIDE), (2, OUTSIDE)])
+    monkeypatch.chdir(places / "folder")
+    assert read_images(dataset, tmp_path) == (["a.png"], [(0, OUTSIDE), (2, OUTSIDE)])
+    # Content that comes along is the image, whatever file of that name there is on this machine
+    content = (places / "folder" / "sub" / "a.png").read_bytes()
+    rows = [{"image": {"bytes": content, "path": str(places / "secret" / "s.png")}}]
+    (row,) = read_rows(Dataset.from_list(rows), (), tmp_path / "written")
+    assert row.image_path == str(tmp_path / "written" / "00000000.png")
+    assert PIL.Image.open(row.image_path).tobytes() == chart(1).image().tobytes()
+
+
+def test_a_folders_files_may_be_links_to_elsewhere(places, tmp_path):
+    """The user has named the folder, and a link in it keeps its name in pairs."""
+    assert read_images(places / "folder", tmp_path) == (["link.png", "a.png"], [])
+
+
+def test_a_dataset_is_read_as_a_file_is(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     expected = list(read_rows(data, ("question", "answer"), tmp_path))
     dataset = Dataset.from_list([{**row, "image": str(data.parent / row["image"])} for row in read(data)])
     for variant in (dataset, dataset.cast_column("image", Image()), dataset.to_iterable_dataset()):
@@ -296,10 +377,44 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_pairs(policies, d
     assert calls == []
 
 
-def test_other_settings_than_those_begun_with_are_refused(policies, data, tmp_path):
-    build_pairs(policies, data, tmp_path / "pairs.jsonl", RefinementConfig(max_rows=4))
+def test_other_settings_than_those_begun_with_are_refused(policies, data, tmp_path, monkeypatch):
+    output, config = tmp_path / "pairs.jsonl", RefinementConfig(max_rows=4)
+    report = build_pairs(policies, data, output, config)
     with pytest.raises(ValueError, match=r"other settings \(config\)"):
-        build_pairs(policies, data, tmp_path / "pairs.jsonl", RefinementConfig(max_rows=5))
+        build_pairs(policies, data, output, RefinementConfig(max_rows=5))
+    with monkeypatch.context() as patch:
+        patch.setattr(policies, "max_perception_tokens", 9)
+        with pytest.raises(ValueError, match=r"other settings \(policies\)"):
+            build_pairs(policies, data, output, config)
+        patch.undo()
+        patch.setattr(policies, "batch_size", 3)  # what fits into memory is no matter of the outcome
+        assert build_pairs(policies, data, output, config) == report
+    weight = policies.model.get_input_embeddings().weight
+    kept = weight[0].clone()
+    try:
+        weight.data[0] += 1e-3
+        with pytest.raises(ValueError, match=r"other settings \(weights\)"):
+            build_pairs(policies, data, output, config)
+    finally:
+        weight.data[0] = kept
+    with open(data, "a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match=r"other settings \(source_content\)"):
+        build_pairs(policies, data, output, config)
+
+
+def test_a_report_without_its_pairs_counts_for_nothing(policies, data, tmp_path):
+    config = RefinementConfig(max_rows=4)
+    report = build_pairs(policies, data, tmp_path / "pairs.jsonl", config)
+    (tmp_path / "pairs.jsonl").unlink()
+    assert build_pairs(policies, data, tmp_path / "pairs.jsonl", config) == report
+    assert (tmp_path / "pairs.jsonl").is_file()
+
+
+def test_the_pairs_of_another_process_count_are_not_mixed_in(policies, data, tmp_path):
+    (tmp_path / "pairs.part-0-of-2.jsonl").write_text("")
+    with pytest.raises(ValueError, match="begun by another number of processes than the 1"):
+        build_pairs(policies, data, tmp_path / "pairs.jsonl", RefinementConfig(max_rows=4))
 
 
 _PROCESS = """
@@ -343,6 +458,9 @@ def test_gate_rollouts_come_from_the_descriptions_of_the_pairs(policies, data, t
     rollouts = GateRollouts.cat([GateRollouts.load(file) for file in files])
     assert len(files) == 2 and rollouts.hidden.shape[:2] == (16, 2)
     assert report["pairs"] == 0 and 0 < rollouts.visual.sum() <= report["initially_right"]
+    # Those of another run would be trained on as well
+    with pytest.raises(ValueError, match="holds the rollouts of another run"):
+        build_pairs(policies, data, tmp_path / "b.jsonl", reasoner=reasoner, rollout_folder=tmp_path / "rollouts")
 
 
 # Without labels

@@ -136,8 +136,74 @@ def test_lines_that_cannot_be_used_are_skipped_counted_and_named(pairs, processo
         file.write("\n".join(lines))
     with caplog.at_level(logging.WARNING):
         assert len(load_preferences(pairs, processor, PROMPTS)) == 3
-    for message in ("pairs.jsonl:4: broken JSON", "pairs.jsonl:5: missing image", "pairs.jsonl:7: lacks chosen"):
+    for message in (
+        "pairs.jsonl:4: broken JSON",
+        "pairs.jsonl:5 ('gone.png'): missing image",
+        "pairs.jsonl:7: lacks chosen",
+    ):
         assert message in caplog.text
+
+
+def test_images_are_read_from_their_root_alone(pairs, processor, tmp_path, monkeypatch, caplog):
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    picture(5).save(secret / "s.png")
+    folder = tmp_path / "pairs"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("0.png", "sub/1.png"):
+        picture(0).save(folder / name)
+    (folder / "link.png").symlink_to(secret / "s.png")
+    (folder / "out").symlink_to(secret)
+    (folder / "inside.png").symlink_to(folder / "0.png")
+    record = json.loads(pairs.read_text().splitlines()[0])
+    outside = [
+        "../secret/s.png",
+        "sub/../../secret/s.png",
+        str(secret / "s.png"),
+        "link.png",
+        "out/s.png",
+        "/etc/passwd",
+    ]
+    inside = ["0.png", "sub/1.png", "sub/../0.png", str(folder / "0.png"), "inside.png"]
+    (folder / "pairs.jsonl").write_text(
+        "".join(json.dumps({**record, "image_path": name}) + "\n" for name in [*outside, *inside])
+    )
+    with caplog.at_level(logging.WARNING):
+        dataset = load_preferences(folder / "pairs.jsonl", processor, PROMPTS)
+    assert len(dataset) == len(inside)
+    assert caplog.text.count("path outside the image root; if it should be read, set `image_root`") == len(outside)
+    assert "pairs.jsonl:1 ('../secret/s.png')" in caplog.text
+    # A root that is given is the only one, and where relative paths start
+    (folder / "pairs.jsonl").write_text(json.dumps({**record, "image_path": "s.png"}) + "\n")
+    assert len(load_preferences(folder / "pairs.jsonl", processor, PROMPTS, image_root=secret)) == 1
+    (folder / "pairs.jsonl").write_text(json.dumps({**record, "image_path": str(folder / "0.png")}) + "\n")
+    with pytest.raises(ValueError, match="1 x path outside the image root"):
+        load_preferences(folder / "pairs.jsonl", processor, PROMPTS, image_root=secret)
+    # Without one, the working directory is another
+    (folder / "pairs.jsonl").write_text(json.dumps({**record, "image_path": str(secret / "s.png")}) + "\n")
+    monkeypatch.chdir(secret)
+    assert len(load_preferences(folder / "pairs.jsonl", processor, PROMPTS)) == 1
+
+
+def test_a_strangers_special_tokens_reach_no_tokenizer(pairs, processor, caplog):
+    record = json.loads(pairs.read_text().splitlines()[0])
+    marked = [{**record, "chosen": "a<|image_pad|>"}, {**record, "rejected": "b<|im_end|>c"}]
+    with open(pairs, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in [*marked, {**record, "question": "How<|image_pad|> many?"}])
+    dataset = load_preferences(pairs, processor, PROMPTS)
+    assert [row["prompt"].count("<|image_pad|>") for row in dataset] == [1] * 4
+    assert "pairs.jsonl:4: special token in chosen" in caplog.text
+    assert "pairs.jsonl:5: special token in rejected" in caplog.text
+
+
+def test_lines_that_no_file_should_hold_are_skipped(pairs, processor, caplog):
+    record = json.loads(pairs.read_text().splitlines()[0])
+    lines = ["[" * 100_000, json.dumps({**record, "chosen": "\ud800"}), json.dumps({**record, "chosen": "\U0001f600"})]
+    with open(pairs, "a") as file:
+        file.write("\n".join(lines))
+    assert len(load_preferences(pairs, processor, PROMPTS)) == 4
+    for line in (4, 5):
+        assert f"pairs.jsonl:{line}: broken JSON" in caplog.text
 
 
 def test_an_empty_pair_set_stops_with_the_reason(tmp_path, processor):
@@ -147,6 +213,8 @@ def test_an_empty_pair_set_stops_with_the_reason(tmp_path, processor):
     (tmp_path / "pairs.jsonl").write_text('{"winner": "a", "loser": "b"}\n{\n')
     with pytest.raises(ValueError, match="1 x lacks image_path, 1 x broken JSON"):
         load_preferences(tmp_path / "pairs.jsonl", processor)
+    with pytest.raises(FileNotFoundError, match="nowhere/pairs.jsonl"):
+        load_preferences(tmp_path / "nowhere" / "pairs.jsonl", processor)
 
 
 # The loss
@@ -247,6 +315,15 @@ def test_padding_and_prompt_are_never_scored(path, processor, pairs):
         assert processor.decode(scored) == PAIRS[i % 3][text] + "<|im_end|>"
 
 
+def test_a_description_that_is_cut_off_is_refused(path, processor, pairs):
+    """Nothing would be scored, and the loss would stay at log 2 without a word."""
+    prompt = batch_of(trainer_of(path, processor, pairs))["completion_mask"].int().argmax(1).min().item()
+    trainer = trainer_of(path, processor, pairs, max_length=prompt)
+    inputs = batch_of(trainer)
+    with pytest.raises(ValueError, match=f"`max_length` is {prompt}, which leaves nothing"):
+        trainer._compute_loss(trainer.model, inputs, False)
+
+
 def test_the_winner_becomes_more_likely_than_the_loser(path, processor, pairs):
     trainer = trainer_of(path, processor, pairs, lora(), max_steps=8)
     trainer.train()
@@ -292,10 +369,16 @@ def test_lora_stays_out_of_the_vision_tower_unless_asked(path, processor, pairs)
             assert all(torch.equal(plain[name], p) for name, p in base.items())
 
 
+def test_adapters_in_the_vision_tower_that_were_not_asked_for_are_refused(path, processor, pairs):
+    config = LoraConfig(r=4, target_modules="all-linear", exclude_modules=["nothing"])
+    with pytest.raises(ValueError, match="LoRA layers into the vision tower"):
+        trainer_of(path, processor, pairs, config)
+
+
 def test_a_quantized_base_is_trained_by_adapters_in_float32(tmp_path, processor, pairs):
     pytest.importorskip("bitsandbytes")
     path = tiny_qwen2_5_vl(tmp_path / "tiny", hidden=64)
-    quantization = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["model.visual"])
+    quantization = BitsAndBytesConfig(load_in_4bit=True)
     trainer = SRDPOTrainer(
         model=str(path),
         args=config(tmp_path / "out"),
@@ -305,9 +388,9 @@ def test_a_quantized_base_is_trained_by_adapters_in_float32(tmp_path, processor,
         peft_config=lora(),
     )
     assert isinstance(trainer.model, PeftModel) and trainer.model.get_base_model().is_loaded_in_4bit
-    for module in trainer.model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    stored = {name: p.dtype for name, p in trainer.model.get_base_model().named_parameters()}
+    assert {dtype for name, dtype in stored.items() if name.endswith("proj.base_layer.weight")} == {torch.uint8}
+    assert all(dtype.is_floating_point for name, dtype in stored.items() if "visual" in name or "lm_head" in name)
     trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trained and all(p.dtype == torch.float32 for p in trained.values())
     before = {name: p.detach().clone() for name, p in trained.items()}

@@ -345,7 +345,8 @@ def train_dpo(pairs: Path, seed: int, model, processor, prompts=SUB_PROMPTS, **c
     trainer = SRDPOTrainer(
         model=model,
         args=SRDPOConfig(output_dir=str(folder), **{**settings, **changes}),
-        train_dataset=load_preferences(pairs, processor, prompts),
+        # Pairs of descriptions name their images by absolute paths, collected ones from the file's folder
+        train_dataset=load_preferences(pairs, processor, prompts, image_root=WORK if prompts is SUB_PROMPTS else None),
         processing_class=processor,
         peft_config=demo_lora(),
     )
@@ -481,8 +482,11 @@ def job_votes(seed: int) -> dict:
         stopped = []
         for cast, opens in zip(votes, sure, strict=True):
             answers = cast.answers[:TRAINED]
-            while not is_settled(vote(answers), VOTES - len(answers)) and not (gated and opens[len(answers) - 1]):
-                answers = cast.answers[: len(answers) + 1]
+            while len(answers) < VOTES:
+                n = len(answers)
+                if is_settled(vote(answers), VOTES - n) or (gated and opens[n - 1]):
+                    break
+                answers = cast.answers[: n + 1]
             stopped.append(vote(answers))
         result[name] = _votes_result(stopped, votes, truths)
     return result
@@ -785,7 +789,7 @@ def exact_vote_rows() -> list[list[str]]:
                 answers = tuple("a" if first else "b" if alike else f"b{i}" for i, first in enumerate(sequence))
                 probability = np.prod([p if first else 1 - p for first in sequence])
                 n = TRAINED
-                while not is_settled(vote(answers[:n]), VOTES - n):
+                while n < VOTES and not is_settled(vote(answers[:n]), VOTES - n):
                     n += 1
                 stopped, whole = _rewards(vote(answers[:n])), _rewards(vote(answers))
                 drawn += probability * n

@@ -20,7 +20,7 @@ import tarfile
 import threading
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -179,9 +179,14 @@ def _load_folder(folder: Path, streaming: bool, include: list[str] | None) -> Da
             f"There are no images in {where}. Expected files ending in {', '.join(IMAGE_SUFFIXES)}, at any depth. "
             "If the images are inside parquet files, pass `datasets.load_dataset(...)` to the trainer instead."
         )
-    _listed_folders.add(os.path.realpath(root))
+    allow_links_in(root)
     # The rows are paths: streaming them costs nothing and keeps an exact place for `state_dict`.
     return dataset.to_iterable_dataset(num_shards=min(FOLDER_SHARDS, len(dataset))) if streaming else dataset
+
+
+def allow_links_in(folder: str | Path) -> None:
+    """Lets rows name the files of a folder from now on, also those that are links to elsewhere."""
+    _listed_folders.add(os.path.realpath(folder))
 
 
 def _write_listing(root: str, include: list[str] | None) -> Path:
@@ -466,21 +471,27 @@ class ImagePaths:
     Args:
         root (`str`, *optional*):
             Folder that relative paths start from. If `None`, the working directory.
+        also (`Sequence[str]`, *optional*):
+            Further folders whose files are allowed.
 
     Raises:
         `ValueError`: if `root` is no folder.
     """
 
-    def __init__(self, root: str | None = None):
+    def __init__(self, root: str | None = None, also: Sequence[str] = ()):
         self.root = os.path.realpath(root or os.getcwd())
         if not os.path.isdir(self.root):
             raise ValueError(f"`image_root` is {root!r}, expected a folder. Check the path.")
         caches = (HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
-        self._roots = [self.root, *(os.path.realpath(cache) for cache in caches)]
+        self._roots = [self.root, *(os.path.realpath(folder) for folder in (*also, *caches))]
         self._listed = sorted(_listed_folders)
 
     def resolve(self, path: str) -> str:
         """Where `path` leads, if it may."""
+        return os.path.realpath(self.locate(path))
+
+    def locate(self, path: str) -> str:
+        """Where `path` leads, if it may: the file, or a link to it in a folder that was listed."""
         try:
             full = os.path.join(self.root, path)
             resolved = os.path.realpath(full)
@@ -488,8 +499,10 @@ class ImagePaths:
             in_its_folder = os.path.normpath(os.path.join(os.path.realpath(folder), name))
         except ValueError:  # a null byte
             raise UnreadableImageError("missing file") from None
-        if _is_within(resolved, self._roots) or _is_within(in_its_folder, self._listed):
+        if _is_within(resolved, self._roots):
             return resolved
+        if _is_within(in_its_folder, self._listed):
+            return in_its_folder
         raise UnreadableImageError(
             "path outside the image root",
             f"{path!r} is not in {self.root!r}; if it should be read, set `image_root` to the folder of the images",

@@ -53,6 +53,7 @@ def add_command(commands) -> None:
     answer.add_argument("--question", help="the question about it")
     answer.add_argument("--input", help="JSONL with image and question, and answer to be compared with")
     answer.add_argument("--output", help="JSONL to write")
+    answer.add_argument("--image_root", help="folder that image paths in --input start from and may not leave")
     answer.add_argument("--batch_size", type=int, help="prompts at a time")
     answer.set_defaults(run=_answer)
 
@@ -77,11 +78,11 @@ def _answer(arguments: argparse.Namespace) -> int:
     if arguments.image is not None:
         print(json.dumps(asdict(reasoner.generate(arguments.image, arguments.question)), indent=2))
         return 0
-    print(json.dumps(answer_file(reasoner, arguments.input, arguments.output), indent=2))
+    print(json.dumps(answer_file(reasoner, arguments.input, arguments.output, arguments.image_root), indent=2))
     return 0
 
 
-def answer_file(reasoner, source: str, output: str) -> dict:
+def answer_file(reasoner, source: str, output: str, image_root: str | None = None) -> dict:
     """
     Answers every row of a JSONL file; what cannot be used is skipped, counted and named.
 
@@ -92,6 +93,9 @@ def answer_file(reasoner, source: str, output: str) -> dict:
             JSONL with `image` and `question`, and `answer` where there is one.
         output (`str`):
             JSONL with `image_path`, `question`, `answer`, `description`, `steps`, `scores`, `tokens`.
+        image_root (`str`, *optional*):
+            Folder that image paths start from and may not leave. Without it they start from the file's folder and may lead
+            into it or the working directory.
 
     Returns:
         `dict`: rows answered and skipped, mean steps and tokens, and the accuracy on rows with an answer.
@@ -129,7 +133,7 @@ def answer_file(reasoner, source: str, output: str) -> dict:
         group.clear()
 
     with open(output, "w", encoding="utf-8") as file:
-        rows = read_rows(source, ("question",), Path(output).parent / "images")
+        rows = read_rows(source, ("question",), Path(output).parent / "images", image_root)
         for row in tqdm(rows, desc="answers", unit="row", disable=None):
             if isinstance(row, Row):
                 try:

@@ -22,6 +22,7 @@ fitted again after SR-DPO, since it reads hidden states of a model that has chan
 """
 
 import gc
+import hashlib
 import json
 import logging
 import re
@@ -34,17 +35,24 @@ import yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-from ..processing import load_processor
-from ..prompts import RolePrompts, user_message
-from ..role_adapters import keep_adapters_precise, vision_modules, without_modules
+from ..data import ImagePaths, allow_links_in
+from ..processing import load_processor, special_tokens
+from ..prompts import RolePrompts, user_message, without_marks
+from ..role_adapters import (
+    check_adapted_modules,
+    keep_adapters_precise,
+    keep_gradients_on_cpu,
+    vision_modules,
+    without_modules,
+    without_vision,
+)
 from .early_exit import EarlyExitReasoner, GateRollouts, GateTrainingConfig, train_gate
 from .generation import chat_texts, process_state
-from .refinement import AgreementLabeller, RefinementConfig, build_pairs
-from .rows import Row, read_rows, warn_of
-from .sr_dpo import SRDPOConfig, SRDPOTrainer, decoding_images, load_preferences
+from .refinement import AgreementLabeller, RefinementConfig, build_pairs, lines_and_digest, write_json
+from .rows import BadRow, Row, paths_beside, read_rows, warn_of
+from .sr_dpo import SRDPOConfig, SRDPOTrainer, decoding_images, holds_special_token, load_preferences
 from .sub_policies import SubPolicies, SubPolicyPrompts
 
 
@@ -72,6 +80,9 @@ class SR2SEConfig:
             How often pairs to final_gate are repeated, each round from the model of the last.
         sft_data (`str`, *optional*):
             JSONL with `image`, `question` and `answer` to fine-tune on first. Without it the base model is the SFT model.
+        image_root (`str`, *optional*):
+            Folder that image paths in `data` and `sft_data` start from and may not leave. Without it they start from the
+            file's folder and may lead into it or the working directory.
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
             Of the model. Training uses bf16 where it is `"bfloat16"`.
         attn_implementation (`str`, *optional*):
@@ -106,6 +117,7 @@ class SR2SEConfig:
     labels: bool = True
     rounds: int = 1
     sft_data: str | None = None
+    image_root: str | None = None
     dtype: str = "bfloat16"
     attn_implementation: str | None = None
     lora: dict | None = None
@@ -127,7 +139,7 @@ class SR2SEConfig:
             raise ValueError(f"`rounds` is {self.rounds}; expected at least 1.")
         if self.load_in_4bit and self.lora is None:
             raise ValueError("`load_in_4bit` needs `lora`: weights in 4 bits cannot be trained themselves.")
-        for name in ("data", "sft_data"):
+        for name in ("data", "sft_data", "image_root"):
             path = getattr(self, name)
             if path is not None and not Path(path).exists():
                 raise FileNotFoundError(f"`{name}` is {path!r}, but there is no such file or folder.")
@@ -159,7 +171,8 @@ class SR2SEConfig:
             changes (`Sequence[str]`, *optional*):
                 Values to replace, such as `"dpo.learning_rate=1e-6"`.
         """
-        values = _floats(yaml.safe_load(Path(path).read_text(encoding="utf-8")))  # JSON is YAML
+        text = Path(path).read_text(encoding="utf-8")
+        values = _floats(json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text))
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds a {type(values).__name__}; expected names and values.")
         if "hsr_ee" in values or "sr_dpo" in values:
@@ -179,6 +192,9 @@ class SR2SEConfig:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"Unknown names in {path}: {unknown}. Expected some of {known}.")
+        # A section whose entries are all commented out is empty, not absent
+        sections = {f.name for f in fields(cls) if f.default_factory is dict}
+        values = {name: {} if value is None and name in sections else value for name, value in values.items()}
         missing = [name for name in ("model", "output_dir", "data") if name not in values]
         if missing:
             raise ValueError(f"{path} lacks {missing}. Add them, or pass them as name=value.")
@@ -368,6 +384,8 @@ def run_pipeline(config: SR2SEConfig, stages: Sequence[str] | None = None) -> di
     unknown = sorted(set(stages) - set(STAGES))
     if unknown:
         raise ValueError(f"Unknown stages {unknown}. Expected some of {list(STAGES)}.")
+    if "sft" in stages and stages is not STAGES and config.sft_data is None:
+        raise ValueError("The stage sft needs `sft_data`: JSONL with `image`, `question` and `answer`.")
     run = _Run(config)
     for number in range(1, config.rounds + 1):
         for stage in STAGES:
@@ -381,82 +399,123 @@ class _Run:
         self.config = config
         self.folder = Path(config.output_dir)
         self.state = process_state()
+        self.contents = {name: _content_of(getattr(config, name)) for name in ("data", "sft_data")}
 
     def do(self, stage: str, number: int) -> None:
         marker = self._marker(stage, number)
-        settings = json.loads(json.dumps(self._settings(stage, number)))
         if marker.is_file():
-            before = json.loads(marker.read_text())["settings"]
-            changed = [name for name in settings if before.get(name) != settings[name]]
-            if changed:
-                raise ValueError(
-                    f"Stage {stage} of round {number} was done with other settings ({', '.join(changed)}). Remove "
-                    f"{marker.parent} to do it again, or choose another `output_dir`."
-                )
+            self._check(stage, number)
             logger.info("Stage %s of round %d is done.", stage, number)
             return
+        settings = self._settings(stage, number)
         self.state.print(f"SR2SE, round {number}: {stage}")
         report = getattr(self, f"_{stage}")(number)
         gc.collect()
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.write_text(json.dumps({"settings": settings, "report": report}, indent=2) + "\n")
+            write_json(marker, {"settings": settings, "report": report})
         self.state.wait_for_everyone()
+        self.summary()  # a later stage may fail
 
     def summary(self) -> dict:
-        """What is done, and where its model and gate are."""
+        """What is done, and where its model and gate are. The file names them from the run's folder, which may be moved."""
         done = {}
         last = {"model": self.config.model, "gate": None}
         for number in range(1, self.config.rounds + 1):
             for stage in STAGES:
                 if self._marker(stage, number).is_file():
-                    done[f"round-{number}/{stage}"] = json.loads(self._marker(stage, number).read_text())["report"]
-                    folder = self._marker(stage, number).parent
+                    done[f"round-{number}/{stage}"] = _read_json(self._marker(stage, number))["report"]
                     if stage in ("sft", "dpo"):
-                        last["model"] = str(folder / "model")
+                        last["model"] = f"round-{number}/{stage}/model"
                     if stage == "dpo":
                         last["gate"] = None  # the earlier gate read another model's hidden states
                     elif stage in ("gate", "final_gate"):
-                        last["gate"] = str(folder / "gate")
-        summary = {**last, "generation": self.config.generation, "dtype": self.config.dtype, "stages": done}
+                        last["gate"] = f"round-{number}/{stage}/gate"
+        config = self.config
+        how = {
+            "generation": config.generation,
+            "dtype": config.dtype,
+            "attn_implementation": config.attn_implementation,
+            "stages": done,
+        }
         if self.state.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "run.json").write_text(json.dumps(summary, indent=2) + "\n")
+            write_json(self.folder / "run.json", {**last, **how})
         self.state.wait_for_everyone()
-        return summary
+        return {**{name: path and _within(self.folder, path) for name, path in last.items()}, **how}
 
     def _marker(self, stage: str, number: int) -> Path:
         return self.folder / f"round-{number}" / stage / "done.json"
 
-    def _start_model(self, number: int) -> str:
-        """The model that a round starts from."""
+    def _start(self, number: int) -> str:
+        """The model that a round starts from: a folder of this run, or the base model."""
         if number > 1:
-            return str(self._needed("dpo", number - 1) / "model")
-        return str(self._needed("sft", 1) / "model") if self.config.sft_data is not None else self.config.model
+            return f"round-{number - 1}/dpo/model"
+        return "round-1/sft/model" if self.config.sft_data is not None else self.config.model
+
+    def _start_model(self, number: int) -> str:
+        for stage, before in self._forerunners("pairs", number):
+            self._needed(stage, before)
+        return _within(self.folder, self._start(number))
+
+    def _forerunners(self, stage: str, number: int) -> list[tuple[str, int]]:
+        """The stages whose outcome a stage builds on directly."""
+        if stage in ("gate", "dpo"):
+            return [("pairs", number)]
+        if stage == "final_gate":
+            return [("dpo", number)]
+        if stage == "pairs" and number > 1:
+            return [("dpo", number - 1)]
+        return [("sft", 1)] if stage == "pairs" and self.config.sft_data is not None else []
 
     def _needed(self, stage: str, number: int) -> Path:
+        """The folder of a stage that must be done, with the settings of this run."""
         marker = self._marker(stage, number)
         if not marker.is_file():
             raise FileNotFoundError(
                 f"Stage {stage} of round {number} is not done yet: there is no {marker}. Run it first."
             )
+        self._check(stage, number)
         return marker.parent
 
+    def _check(self, stage: str, number: int) -> None:
+        """Raises a `ValueError` if a stage was done with other settings, or from another outcome of those before it."""
+        marker = self._marker(stage, number)
+        before, settings = _read_json(marker)["settings"], self._settings(stage, number)
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            raise ValueError(
+                f"Stage {stage} of round {number} was done with other settings ({', '.join(changed)}). Remove "
+                f"{marker.parent} to do it again, or choose another `output_dir`."
+            )
+
     def _settings(self, stage: str, number: int) -> dict:
-        """What the outcome of a stage depends on."""
+        """What the outcome of a stage depends on, with that of the stages before it."""
         config = self.config
+        rows = ("data", "image_root", "labels", "max_steps", "gate_rows", "prompts", "refinement")
         names = {
-            "sft": ("model", "sft_data", "lora", "load_in_4bit", "sft"),
-            "pairs": ("data", "labels", "max_steps", "gate_rows", "prompts", "generation", "refinement"),
+            "sft": ("model", "sft_data", "image_root", "lora", "load_in_4bit", "sft"),
+            "pairs": rows,
             "gate": ("gate",),
             "dpo": ("prompts", "lora", "load_in_4bit", "dpo"),
-            "final_gate": ("data", "labels", "max_steps", "gate_rows", "prompts", "generation", "refinement", "gate"),
+            "final_gate": (*rows, "gate"),
         }[stage]
         if not config.labels and stage in ("pairs", "final_gate"):
             names += ("labeller", "role_prompts")
         settings = {name: getattr(config, name) for name in (*names, "dtype", "seed")}
-        return settings if stage == "sft" else {**settings, "starts_from": self._start_model(number)}
+        # How many prompts fit into memory is no matter of the outcome
+        settings["generation"] = {name: value for name, value in config.generation.items() if name != "batch_size"}
+        for name in ("data", "sft_data"):
+            if name in names:
+                settings[f"content of {name}"] = self.contents[name]
+        if stage != "sft":
+            settings["starts_from"] = self._start(number)
+        for name, before in self._forerunners(stage, number):
+            marker = self._marker(name, before)
+            outcome = hashlib.blake2b(marker.read_bytes(), digest_size=16).hexdigest() if marker.is_file() else None
+            settings[f"outcome of {name}"] = outcome
+        return json.loads(json.dumps(settings))
 
     # Stages
 
@@ -464,8 +523,9 @@ class _Run:
         config, folder = self.config, self._marker("sft", number).parent
         args = config.sft_config(folder / "trainer")
         processor = load_processor(config.model)
-        dataset, skipped = _sft_dataset(config.sft_data, processor, config.generation)
+        dataset, skipped = _sft_dataset(config.sft_data, processor, config.generation, config.image_root)
         vision = vision_modules(config.model, args.trust_remote_code)
+        quantization = config.quantization_config()
         model = config.model
         if config.lora is None:
             model = AutoModelForImageTextToText.from_pretrained(config.model, **config.model_kwargs())
@@ -477,12 +537,15 @@ class _Run:
             args=args,
             train_dataset=dataset,
             processing_class=processor,
-            quantization_config=config.quantization_config(),
+            quantization_config=without_vision(quantization, vision) if quantization is not None else None,
             peft_config=None if config.lora is None else without_modules(config.lora_config(), vision),
         )
+        if quantization is not None:
+            keep_gradients_on_cpu(trainer.model)
         if isinstance(trainer.model, PeftModel):
+            check_adapted_modules(trainer.model, vision, freeze_vision_tower=True)
             keep_adapters_precise(trainer.model)
-        self._train(trainer, config.model, folder)
+        self._train(trainer, config.model, "sft", number)
         return {"rows": len(dataset), "skipped": skipped, **_last_log(trainer)}
 
     def _pairs(self, number: int) -> dict:
@@ -500,7 +563,11 @@ class _Run:
         base = self._start_model(number)
         processor = load_processor(base)
         dataset = load_preferences(
-            pairs, processor, config.sub_policy_prompts(), config.generation.get("max_pixels", 1_003_520)
+            pairs,
+            processor,
+            config.sub_policy_prompts(),
+            config.generation.get("max_pixels", 1_003_520),
+            self._image_paths(),
         )
         trainer = SRDPOTrainer(
             model=base,
@@ -510,7 +577,7 @@ class _Run:
             quantization_config=config.quantization_config(),
             peft_config=config.lora_config(),
         )
-        self._train(trainer, base, folder)
+        self._train(trainer, base, "dpo", number)
         return {"pairs": len(dataset), **_last_log(trainer)}
 
     def _final_gate(self, number: int) -> dict:
@@ -522,12 +589,20 @@ class _Run:
             temperature=0.0,
             validation_samples=1,
             validation_required=1,
-            max_rows=self.config.gate_rows,
+            max_rows=min(self.config.gate_rows, self.config.refinement.get("max_rows") or self.config.gate_rows),
         )
         self._build(self._policies(model), folder, config)
         return self._fit_gate(folder / "rollouts", folder, model)
 
     # What they share
+
+    def _image_paths(self) -> ImagePaths:
+        """Which images pairs may name: those that rows of the data may."""
+        data = Path(self.config.data)
+        if data.is_dir():
+            allow_links_in(data)
+            return ImagePaths(self.config.image_root)
+        return paths_beside(data, self.config.image_root)
 
     def _policies(self, model: str) -> SubPolicies:
         loaded = AutoModelForImageTextToText.from_pretrained(model, **self.config.model_kwargs())
@@ -553,6 +628,7 @@ class _Run:
             reasoner=EarlyExitReasoner(policies, max_steps=self.config.max_steps),
             rollout_folder=folder / "rollouts",
             rollout_rows=self.config.gate_rows,
+            image_root=self.config.image_root,
         )
         return {name: value for name, value in report.items() if name != "settings"}
 
@@ -569,10 +645,23 @@ class _Run:
         gate.save_pretrained(folder / "gate", max_steps=self.config.max_steps, prompts=prompts)
         return {**report, "model": model}
 
-    def _train(self, trainer, base: str, folder: Path) -> None:
+    def _train(self, trainer, base: str, stage: str, number: int) -> None:
         """Trains, from the last checkpoint if there is one, and saves a model that stands alone under `folder/model`."""
-        trainer_folder = Path(trainer.args.output_dir)
-        checkpoint = get_last_checkpoint(str(trainer_folder)) if trainer_folder.is_dir() else None
+        folder = self._marker(stage, number).parent
+        begun, settings = folder / "begun.json", self._settings(stage, number)
+        checkpoint = _last_checkpoint(Path(trainer.args.output_dir))
+        if checkpoint is not None:
+            before = _read_json(begun)
+            changed = [name for name in settings if before.get(name) != settings[name]]
+            if changed:
+                raise ValueError(
+                    f"Stage {stage} of round {number} was begun with other settings ({', '.join(changed)}). Go on with the "
+                    f"same ones, or remove {folder} to begin anew."
+                )
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(begun, settings)
         trainer.train(resume_from_checkpoint=checkpoint)
         if isinstance(trainer.model, PeftModel):
             trainer.save_model(str(folder / "adapter"))
@@ -587,19 +676,47 @@ class _Run:
         self.state.wait_for_everyone()
 
 
-def _sft_dataset(file: str, processor, generation: dict) -> tuple[Dataset, int]:
+def _sft_dataset(file: str, processor, generation: dict, image_root: str | None) -> tuple[Dataset, int]:
     """Rows of image, question and answer as prompt and completion."""
+    marks = special_tokens(processor.tokenizer)
     rows, skipped = [], 0
-    for row in read_rows(file, ("question", "answer"), Path(file).parent):
-        if not isinstance(row, Row):
+    for row in read_rows(file, ("question", "answer"), Path(file).parent, image_root):
+        if isinstance(row, Row) and holds_special_token(row.answer, marks):
+            row = BadRow(row.index, f"{Path(file).name}:{row.index + 1}", "special token in answer")
+        if isinstance(row, BadRow):
             warn_of(row, skipped)
             skipped += 1
             continue
-        prompt, completion = chat_texts(processor, user_message(row.question, True), row.answer)
+        conversation = user_message(without_marks(row.question, marks), True)
+        prompt, completion = chat_texts(processor, conversation, row.answer)
         rows.append({"image": row.image_path, "prompt": prompt, "completion": completion})
     if not rows:
         raise ValueError(f"No row of {file} can be used to fine-tune on; {skipped} were skipped.")
     return decoding_images(Dataset.from_list(rows), generation.get("max_pixels", 1_003_520)), skipped
+
+
+def _content_of(source: str | None) -> str | None:
+    return None if source is None else lines_and_digest(source)[1]
+
+
+def _read_json(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _within(folder: Path, path: str) -> str:
+    """A path of a run as one from here; the id or path of another model as it is."""
+    return str(folder / path) if re.match(r"round-\d+/", path) else path
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end: the trainer's state is written last."""
+    found = {}
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            found[_read_json(checkpoint / "trainer_state.json")["global_step"]] = str(checkpoint)
+        except (FileNotFoundError, json.JSONDecodeError):
+            logger.warning("%s is not complete: the run was stopped while it was written. It is not used.", checkpoint)
+    return found[max(found)] if found else None
 
 
 def _last_log(trainer) -> dict:
@@ -620,9 +737,14 @@ def load_run(folder: str | Path, batch_size: int | None = None) -> EarlyExitReas
     file = Path(folder) / "run.json"
     if not file.is_file():
         raise FileNotFoundError(f"There is no {file}: {str(folder)!r} is not the output_dir of a run.")
-    run = json.loads(file.read_text())
+    run = _read_json(file)
     if run["gate"] is None:
         raise ValueError(f"The run {str(folder)!r} has no gate for its last model yet. Run its stage final_gate.")
-    model = AutoModelForImageTextToText.from_pretrained(run["model"], dtype=run["dtype"]).to(process_state().device)
+    model_path, gate = (_within(Path(folder), run[name]) for name in ("model", "gate"))
+    model = AutoModelForImageTextToText.from_pretrained(
+        model_path, dtype=run["dtype"], attn_implementation=run["attn_implementation"]
+    )
     generation = {**run["generation"], **({"batch_size": batch_size} if batch_size else {})}
-    return EarlyExitReasoner.from_pretrained(run["gate"], model, load_processor(run["model"]), **generation)
+    return EarlyExitReasoner.from_pretrained(
+        gate, model.to(process_state().device), load_processor(model_path), **generation
+    )

@@ -19,6 +19,8 @@
 Without labels the proposer asks, and the majority of N solver answers stands in for the truth.
 """
 
+import glob
+import hashlib
 import itertools
 import json
 import os
@@ -36,7 +38,7 @@ from tqdm.auto import tqdm
 from ..answers import canonical_answer
 from ..data import UnreadableImageError
 from ..processing import special_tokens
-from ..prompts import RolePrompts, read_answer, read_question
+from ..prompts import RolePrompts, read_question
 from ..rollout.generation import sample_seed
 from ..voting import Vote, vote
 from .early_exit import EarlyExitReasoner, GateRollouts, is_right
@@ -230,6 +232,8 @@ def is_valid(
 
 _SENTENCE_END = re.compile(r"(?<=[.!?;:])\s+|\n+")
 _ANSWER_WORD = re.compile(r"\banswer\b", re.IGNORECASE)
+_ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
+_WORD = re.compile(r"[^\W_]+(?:[.,'][^\W_]+)*")
 # To contain one of these words says nothing: "no", "A bird".
 _COMMON = {"yes", "no", "true", "false"}
 
@@ -242,12 +246,12 @@ def states_answer(description: str, answer: str, rule: str = "contains") -> bool
         description (`str`), answer (`str`):
             The description and the true answer.
         rule (`str`, *optional*, defaults to `"contains"`):
-            `"declared"`: it has answer tags, or a sentence is the answer, or has it behind the word "answer".
+            `"declared"`: it has an answer tag, or a sentence is the answer, or has it behind the word "answer".
             `"contains"`: also if the answer occurs anywhere, as whole words and in canonical form. Option letters, yes,
             no, true and false must be declared in either case.
     """
     truth = canonical_answer(answer)
-    if read_answer(description).text is not None:
+    if _ANSWER_TAG.search(description):
         return True
     longest = len(answer.split())
     for sentence in _SENTENCE_END.split(description):
@@ -261,9 +265,10 @@ def states_answer(description: str, answer: str, rule: str = "contains") -> bool
 
 
 def _occurs(truth: str, text: str, longest: int) -> bool:
-    words = text.split()
+    # Words between spaces, and what punctuation joins taken apart: "height=8", "red/blue"
     return any(
         canonical_answer(" ".join(words[start : start + size])) == truth
+        for words in (text.split(), _WORD.findall(text))
         for size in range(1, longest + 1)
         for start in range(len(words) - size + 1)
     )
@@ -453,6 +458,7 @@ def build_pairs(
     reasoner: EarlyExitReasoner | None = None,
     rollout_folder: str | Path | None = None,
     rollout_rows: int = 5000,
+    image_root: str | Path | None = None,
 ) -> dict:
     """
     Writes the preference pairs of a source, one JSON object per line with `image_path`, `question`, `ground_truth`,
@@ -460,7 +466,7 @@ def build_pairs(
 
     Started under `torchrun` or `accelerate launch`, the processes share the work; the pairs are the same for any number
     of them. A run that was stopped goes on where it was: the same call does not repeat finished batches, and returns at
-    once if all is done.
+    once if all is done. With other settings, other weights or another source it is an error.
 
     Args:
         policies ([`SubPolicies`]):
@@ -478,37 +484,49 @@ def build_pairs(
             Pass both to reason on from the same descriptions and to write what a gate is trained on.
         rollout_rows (`int`, *optional*, defaults to `5000`):
             How many of the first rows are reasoned on.
+        image_root (`str` or `Path`, *optional*):
+            Folder that image paths in rows start from and may not leave; see [`read_rows`].
 
     Returns:
         `dict`: the report. `pair_yield` is pairs per usable row, `recovered` pairs per row whose first description
         failed.
+
+    Raises:
+        `ValueError`: if `output` was begun with other settings, or the folder of rollouts holds those of another run.
     """
     config = config or RefinementConfig()
     output = Path(output)
     state = process_state()
     report_file = output.with_name(output.name + ".report.json")
+    lines, content = (None, None) if isinstance(source, (Dataset, IterableDataset)) else lines_and_digest(source)
     settings = {
         "config": asdict(config),
-        "prompts": policies.prompts.to_dict(),
+        "policies": policies.settings(),
+        "weights": _weights_digest(policies.model),
         "labeller": labeller.settings() if labeller else None,
         "rollout_rows": rollout_rows if reasoner else 0,
+        "rollout_steps": reasoner.max_steps if reasoner else 0,
         "source": str(source) if isinstance(source, (str, Path)) else "dataset",
+        "source_content": content,
+        "image_root": None if image_root is None else str(image_root),
     }
-    if report_file.is_file():
+    if report_file.is_file() and output.is_file():
         report = json.loads(report_file.read_text())
         _check_settings(report["settings"], settings, report_file)
         return report
     output.parent.mkdir(parents=True, exist_ok=True)
-    _check_parts(output, state.num_processes)
+    _check_parts(output, state.num_processes, rollout_folder)
     state.wait_for_everyone()
 
     needed = () if labeller else ("question", "answer")
-    rows = read_rows(source, needed, output.parent / "images")
+    rows = read_rows(source, needed, output.parent / "images", image_root)
     if config.max_rows is not None:
         rows = itertools.takewhile(lambda row: row.index < config.max_rows, rows)
     maker = PairMaker(policies, config, labeller, reasoner)
     part = _Part(output, state.process_index, state.num_processes, settings)
-    bar = tqdm(desc="pairs", unit="row", total=config.max_rows or _length(source), disable=not state.is_main_process)
+    total = lines if lines is not None else len(source) if isinstance(source, Dataset) else config.max_rows
+    total = total if config.max_rows is None else min(total, config.max_rows)
+    bar = tqdm(desc="pairs", unit="row", total=total, disable=not state.is_main_process)
     with part.open():
         for batch, group in _batches(rows, config.batch_size):
             size = len(group)
@@ -530,14 +548,26 @@ def build_pairs(
     return json.loads(report_file.read_text())
 
 
-def _length(source) -> int | None:
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        if path.is_dir():
-            return None
-        with open(path, "rb") as file:
-            return sum(1 for line in file if line.strip())
-    return len(source) if isinstance(source, Dataset) else None
+def lines_and_digest(source: str | Path) -> tuple[int | None, str | None]:
+    """How many lines of a JSONL file are not empty, and what tells whether it is still the same; `None` for a folder."""
+    if not Path(source).is_file():
+        return None, None
+    lines, digest = 0, hashlib.blake2b(digest_size=16)
+    with open(source, "rb") as file:
+        for line in file:
+            lines += bool(line.strip())
+            digest.update(line)
+    return lines, digest.hexdigest()
+
+
+def _weights_digest(model) -> str:
+    """Tells whether a model is still the same, by its parameters' names and some of the values of each."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        some = values[:: max(1, len(values) // 64)].contiguous().cpu()
+        digest.update(name.encode() + some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _batches(rows: Iterator[Row | BadRow], size: int) -> Iterator[tuple[int, list[Row | BadRow]]]:
@@ -588,20 +618,26 @@ class _Part:
 
     def save(self) -> None:
         names = ("settings", "next_batch", "bytes", "counts", "skipped")
-        _write(self.state_file, {name: getattr(self, name) for name in names})
+        write_json(self.state_file, {name: getattr(self, name) for name in names})
 
 
 def _part_file(output: Path, rank: int, processes: int) -> Path:
     return output.with_name(f"{output.stem}.part-{rank}-of-{processes}.jsonl")
 
 
-def _check_parts(output: Path, processes: int) -> None:
-    for file in output.parent.glob(f"{output.stem}.part-*-of-*.jsonl"):
+def _check_parts(output: Path, processes: int, rollout_folder: str | Path | None) -> None:
+    begun = list(output.parent.glob(f"{glob.escape(output.stem)}.part-*-of-*.jsonl"))
+    for file in begun:
         if not file.stem.endswith(f"-of-{processes}"):
             raise ValueError(
                 f"{file} was begun by another number of processes than the {processes} of this run. Go on with as many, "
                 f"or remove {output.stem}.part-* to begin anew."
             )
+    if not begun and rollout_folder is not None and any(Path(rollout_folder).glob("*.safetensors")):
+        raise ValueError(
+            f"{rollout_folder} holds the rollouts of another run, which a gate would be trained on with those of this one. "
+            "Remove it, or choose another folder."
+        )
 
 
 def _check_settings(before: dict, now: dict, file: Path) -> None:
@@ -624,7 +660,7 @@ def _merge(output: Path, report_file: Path, processes: int, settings: dict) -> N
     os.replace(temporary, output)
     counts = sum((part.counts for part in parts), Counter())
     skipped = sorted(bad for part in parts for bad in part.skipped)
-    _write(report_file, _report(counts, skipped, settings))
+    write_json(report_file, _report(counts, skipped, settings))
     for part in parts:
         part.file.unlink()
         part.state_file.unlink()
@@ -657,7 +693,8 @@ def _report(counts: Counter, skipped: list, settings: dict) -> dict:
     return {**report, "settings": settings}
 
 
-def _write(file: Path, content: dict) -> None:
+def write_json(file: Path, content: dict) -> None:
+    """Writes a file whole or not at all, however the process ends."""
     temporary = file.with_suffix(file.suffix + ".tmp")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, file)

@@ -24,7 +24,7 @@ from pathlib import Path
 from datasets import Dataset, Image, IterableDataset
 
 from ..answers import canonical_answer
-from ..data import UnreadableImageError, decode_image, load_images
+from ..data import ImagePaths, UnreadableImageError, decode_image, load_images
 
 
 logger = logging.getLogger(__name__)
@@ -60,26 +60,32 @@ class BadRow:
 
 
 def read_rows(
-    source: "str | Path | Dataset | IterableDataset", needed: tuple[str, ...], image_folder: str | Path
+    source: "str | Path | Dataset | IterableDataset",
+    needed: tuple[str, ...],
+    image_folder: str | Path,
+    image_root: str | Path | None = None,
 ) -> Iterator[Row | BadRow]:
     """
     Reads rows one at a time.
 
     Args:
         source (`str`, `Path`, [`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            A JSONL file with `image` (a path, relative to the file's folder), `question` and `answer`; a folder of
-            images; or a dataset with these columns, in which the image may be anything that [`load_images`] gives.
+            A JSONL file with `image` (a path), `question` and `answer`; a folder of images; or a dataset with these
+            columns, in which the image may be anything that [`load_images`] gives.
         needed (`tuple[str, ...]`):
             Which of `question` and `answer` a row must have.
         image_folder (`str` or `Path`):
             Where images of a dataset that are no files on this machine are written to.
+        image_root (`str` or `Path`, *optional*):
+            Folder that paths in rows start from and may not leave. Without it the paths in JSONL start from the file's
+            folder and may lead into it or the working directory, those in a dataset into the working directory.
 
     Raises:
         `FileNotFoundError`: if there is nothing at `source`.
-        `ValueError`: if the source can never give a needed field.
+        `ValueError`: if the source can never give a needed field, or `image_root` is no folder.
     """
     if isinstance(source, (Dataset, IterableDataset)):
-        return _read_dataset(source, needed, Path(image_folder))
+        return _read_dataset(source, needed, Path(image_folder), ImagePaths(image_root))
     path = Path(source)
     if path.is_dir():
         if needed:
@@ -87,10 +93,27 @@ def read_rows(
                 f"{str(source)!r} is a folder of images, without {' and '.join(needed)}. Pass a JSONL file with them, or "
                 "set labels=False, where the model asks and its majority stands in for the truth."
             )
-        return _read_dataset(load_images(path, streaming=False), needed, Path(image_folder))
+        return _read_dataset(load_images(path, streaming=False), needed, Path(image_folder), ImagePaths(image_root))
     if not path.is_file():
         raise FileNotFoundError(f"There is no file or folder {str(source)!r}: expected JSONL or a folder of images.")
-    return _read_jsonl(path, needed)
+    return _read_jsonl(path, needed, paths_beside(path, image_root))
+
+
+def paths_beside(file: Path, image_root: str | Path | ImagePaths | None) -> ImagePaths:
+    """Which images a JSONL file may name: those of `image_root`, or else of its folder and the working directory."""
+    if isinstance(image_root, ImagePaths):
+        return image_root
+    return ImagePaths(image_root) if image_root is not None else ImagePaths(file.absolute().parent, [os.getcwd()])
+
+
+def find_image(path: str, paths: ImagePaths, index: int, where: str) -> str | BadRow:
+    """The file that a row names."""
+    where = f"{where} ({path[:200]!r})"
+    try:
+        file = paths.locate(path)
+    except UnreadableImageError as error:
+        return BadRow(index, where, error.reason)
+    return file if os.path.isfile(file) else BadRow(index, where, "missing image")
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, str, dict] | BadRow]:
@@ -102,7 +125,9 @@ def json_lines(path: Path) -> Iterator[tuple[int, str, dict] | BadRow]:
             where = f"{path.name}:{index + 1}"
             try:
                 record = json.loads(line)
-            except ValueError:  # UnicodeDecodeError and JSONDecodeError are both
+                if b"\\ud" in line.lower():  # half a character, which cannot be written again
+                    json.dumps(record, ensure_ascii=False).encode()
+            except (ValueError, RecursionError):  # errors of Unicode and of JSON are ValueErrors
                 yield BadRow(index, where, "broken JSON")
                 continue
             if not isinstance(record, dict):
@@ -111,7 +136,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, str, dict] | BadRow]:
             yield index, where, record
 
 
-def _read_jsonl(path: Path, needed: tuple[str, ...]) -> Iterator[Row | BadRow]:
+def _read_jsonl(path: Path, needed: tuple[str, ...], paths: ImagePaths) -> Iterator[Row | BadRow]:
     for line in json_lines(path):
         if isinstance(line, BadRow):
             yield line
@@ -120,14 +145,11 @@ def _read_jsonl(path: Path, needed: tuple[str, ...]) -> Iterator[Row | BadRow]:
         if not isinstance(record.get("image"), str) or not record["image"]:
             yield BadRow(index, where, "lacks image")
             continue
-        image = path.parent / record["image"]
-        if not os.path.isfile(image):  # `Path.is_file` raises on a name that is too long
-            yield BadRow(index, f"{where} ({record['image'][:200]})", "missing image")
-            continue
-        yield _row(index, where, str(image.resolve()), record, needed)
+        image = find_image(record["image"], paths, index, where)
+        yield image if isinstance(image, BadRow) else _row(index, where, image, record, needed)
 
 
-def _read_dataset(dataset, needed: tuple[str, ...], image_folder: Path) -> Iterator[Row | BadRow]:
+def _read_dataset(dataset, needed: tuple[str, ...], image_folder: Path, paths: ImagePaths) -> Iterator[Row | BadRow]:
     if dataset.features is not None and isinstance(dataset.features.get("image"), Image):
         dataset = dataset.cast_column("image", Image(decode=False))
     for index, record in enumerate(dataset):
@@ -136,20 +158,23 @@ def _read_dataset(dataset, needed: tuple[str, ...], image_folder: Path) -> Itera
         if image is None:
             yield BadRow(index, where, "lacks image")
             continue
-        path = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
-        if path is not None and not os.path.isfile(path) and not (isinstance(image, dict) and image.get("bytes")):
-            yield BadRow(index, f"{where} ({path[:200]})", "missing image")
+        if isinstance(image, dict):  # content comes first: the path beside it may be of another machine
+            image = image.get("path") if image.get("bytes") is None else image["bytes"]
+        if isinstance(image, str) and "://" not in image:
+            image = find_image(image, paths, index, where)
+            yield image if isinstance(image, BadRow) else _row(index, where, image, record, needed)
             continue
-        if path is None or not os.path.isfile(path):
-            try:
-                decoded = decode_image(image)
-            except UnreadableImageError as error:
-                yield BadRow(index, where, f"unreadable image: {error.reason}")
-                continue
-            image_folder.mkdir(parents=True, exist_ok=True)
-            path = image_folder / f"{index:08d}.png"
-            decoded.save(path)
-        yield _row(index, where, str(Path(path).resolve()), record, needed)
+        try:
+            decoded = decode_image(image)
+        except UnreadableImageError as error:
+            yield BadRow(index, where, f"unreadable image: {error.reason}")
+            continue
+        file = image_folder.absolute() / f"{index:08d}.png"
+        image_folder.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")  # every process reads all rows
+        decoded.save(temporary, "PNG")
+        os.replace(temporary, file)
+        yield _row(index, where, str(file), record, needed)
 
 
 def _row(index: int, where: str, image_path: str, record: dict, needed: tuple[str, ...]) -> Row | BadRow:
@@ -170,6 +195,7 @@ def _row(index: int, where: str, image_path: str, record: dict, needed: tuple[st
 def warn_of(bad: BadRow, seen: int) -> None:
     """Logs an unusable row, and after twenty of them that no more are logged."""
     if seen < 20:
-        logger.warning("Skipped %s: %s", bad.where, bad.reason)
+        hint = "; if it should be read, set `image_root`" if bad.reason == "path outside the image root" else ""
+        logger.warning("Skipped %s: %s%s", bad.where, bad.reason, hint)
     elif seen == 20:
         logger.warning("Further skipped rows are counted and not logged.")

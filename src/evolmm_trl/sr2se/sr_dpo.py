@@ -28,12 +28,20 @@ from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from ..data import UnreadableImageError, decode_image
+from ..data import ImagePaths, UnreadableImageError, decode_image
 from ..processing import load_processor, special_tokens
 from ..prompts import RolePrompts, without_marks
-from ..role_adapters import keep_adapters_precise, vision_modules, without_modules
+from ..role_adapters import (
+    check_adapted_modules,
+    check_quantized_modules,
+    keep_adapters_precise,
+    keep_gradients_on_cpu,
+    vision_modules,
+    without_modules,
+    without_vision,
+)
 from .generation import chat_texts
-from .rows import BadRow, json_lines, warn_of
+from .rows import BadRow, find_image, json_lines, paths_beside, warn_of
 from .sub_policies import SubPolicyPrompts, perception_conversation
 
 
@@ -47,36 +55,46 @@ def load_preferences(
     processor: ProcessorMixin,
     prompts: SubPolicyPrompts | RolePrompts | None = None,
     max_pixels: int | None = 1_003_520,
+    image_root: str | Path | ImagePaths | None = None,
 ) -> Dataset:
     """
     Preference pairs as [`SRDPOTrainer`] takes them. The prompt is the one that the pairs were written for, token by token:
-    the perception prompt, or the solver's for what [`EvoLMMTrainer`] collects. A line that is broken, lacks a field or names a missing image is skipped, counted and
-    named in the log.
+    the perception prompt, or the solver's for what [`EvoLMMTrainer`] collects. A line that is broken, lacks a field, names
+    a missing image or one outside `image_root`, or holds a special token of the tokenizer is skipped, counted and named in
+    the log.
 
     Args:
         files (`str`, `Path` or a sequence of them):
-            JSONL as [`build_pairs`] writes it: `image_path` (relative to the file's folder, or absolute), `question`,
-            `chosen` and `rejected`. Other fields are not looked at.
+            JSONL as [`build_pairs`] writes it: `image_path`, `question`, `chosen` and `rejected`. Other fields are not
+            looked at.
         processor ([`~transformers.ProcessorMixin`]):
             The model's processor, for its chat template.
         prompts ([`SubPolicyPrompts`] or [`RolePrompts`], *optional*):
             The prompts that the pairs were made with. [`RolePrompts`] for `preferences.jsonl` of [`EvoLMMTrainer`].
         max_pixels (`int` or `None`, *optional*, defaults to `1003520`):
             Images with more pixels are made smaller, as for the sub-policies.
+        image_root (`str`, `Path` or [`~evolmm_trl.data.ImagePaths`], *optional*):
+            Folder that image paths start from and may not leave. Without it they start from the file's folder and may lead
+            into it or the working directory.
 
     Returns:
         [`~datasets.Dataset`] with the columns `image` (a path; an image when a row is read), `prompt`, `chosen` and
         `rejected`.
 
     Raises:
+        `FileNotFoundError`: if one of the files is not there.
         `ValueError`: if no pair is left, with what was skipped and why.
     """
     prompts = prompts or SubPolicyPrompts()
     files = [files] if isinstance(files, (str, Path)) else list(files)
+    marks = special_tokens(processor.tokenizer)
     rows, skipped = [], Counter()
     for file in map(Path, files):
+        if not file.is_file():
+            raise FileNotFoundError(f"There is no file {str(file)!r}: expected JSONL with preference pairs.")
+        paths = paths_beside(file, image_root)
         for line in json_lines(file):
-            pair = line if isinstance(line, BadRow) else _read_pair(*line, file.parent)
+            pair = line if isinstance(line, BadRow) else _read_pair(*line, paths, marks)
             if isinstance(pair, BadRow):
                 warn_of(pair, skipped.total())
                 skipped[pair.reason] += 1
@@ -90,7 +108,7 @@ def load_preferences(
         raise ValueError(
             f"There are no preference pairs in {[str(file) for file in files]} ({why}), so there is nothing for SR-DPO to "
             "learn from. See the report beside the pairs: the first description may always have been right, or no "
-            "refinement ever."
+            "refinement ever. For images outside the image root set `image_root`."
         )
     return decoding_images(Dataset.from_list(rows), max_pixels)
 
@@ -101,16 +119,24 @@ def _conversation(prompts: SubPolicyPrompts | RolePrompts, question: str, proces
     return perception_conversation(prompts, question, processor)
 
 
-def _read_pair(index: int, where: str, record: dict, folder: Path) -> dict | BadRow:
+def _read_pair(index: int, where: str, record: dict, paths: ImagePaths, marks: list[str]) -> dict | BadRow:
     for name in _FIELDS:
         if not isinstance(record.get(name), str) or not record[name].strip():
             return BadRow(index, where, f"lacks {name}")
-    image = folder / record["image_path"]
-    if not image.is_file():
-        return BadRow(index, where, "missing image")
+    image = find_image(record["image_path"], paths, index, where)
+    if isinstance(image, BadRow):
+        return image
     if record["chosen"] == record["rejected"]:
         return BadRow(index, where, "chosen and rejected are the same")
-    return {**record, "image": str(image.resolve())}
+    for name in ("chosen", "rejected"):
+        if holds_special_token(record[name], marks):
+            return BadRow(index, where, f"special token in {name}")
+    return {**record, "image": image}
+
+
+def holds_special_token(text: str, marks: Sequence[str]) -> bool:
+    """Whether a tokenizer would read a part of a stranger's text as an end of turn, an image or the like."""
+    return any(mark in text for mark in marks if mark)
 
 
 def decoding_images(dataset: Dataset, max_pixels: int | None) -> Dataset:
@@ -206,7 +232,8 @@ class SRDPOTrainer(DPOTrainer):
         callbacks (`list[TrainerCallback]`, *optional*), optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             As in [`~trl.DPOTrainer`].
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            With `peft_config` for QLoRA; the model must be given by id.
+            With `peft_config` for QLoRA; the model must be given by id. The vision tower and the LM head stay as they are,
+            unless its `llm_int8_skip_modules` says what to leave out.
         peft_config ([`~peft.LoraConfig`], *optional*):
             Without it all weights are trained.
 
@@ -261,6 +288,8 @@ class SRDPOTrainer(DPOTrainer):
         vision = vision_modules(model, args.trust_remote_code, revision)
         if processing_class is None:
             processing_class = load_processor(model_id, revision=revision, trust_remote_code=args.trust_remote_code)
+        if quantization_config is not None:
+            quantization_config = without_vision(quantization_config, vision)
         if peft_config is not None and args.freeze_vision_tower:
             peft_config = without_modules(peft_config, vision)
         # TRL would load the reference anew from where the model once came from, whatever has become of it since.
@@ -281,7 +310,11 @@ class SRDPOTrainer(DPOTrainer):
             peft_config=peft_config,
         )
 
+        if quantization_config is not None:
+            check_quantized_modules(self.model)
+            keep_gradients_on_cpu(self.model)
         if isinstance(self.model, PeftModel):
+            check_adapted_modules(self.model, vision, args.freeze_vision_tower)
             keep_adapters_precise(self.model)
         elif args.freeze_vision_tower:
             for name in vision:
@@ -293,6 +326,11 @@ class SRDPOTrainer(DPOTrainer):
         self._image_checked = False
 
     def _compute_loss(self, model, inputs, return_outputs):
+        if not inputs["completion_mask"].any(1).all():
+            raise ValueError(
+                f"`max_length` is {self.args.max_length}, which leaves nothing of a description behind its prompt and image. "
+                "Make it larger, or images smaller by `max_pixels`."
+            )
         if not self._image_checked:
             self._check_image_reaches_log_probs(model, inputs)
             self._image_checked = True

@@ -154,6 +154,11 @@ class SubPolicies:
         self.max_pixels = max_pixels
         self.batch_size = batch_size
 
+    def settings(self) -> dict:
+        """What completions depend on beside the model, as JSON holds it."""
+        names = ("max_perception_tokens", "max_step_tokens", "max_answer_tokens", "max_pixels")
+        return {"prompts": self.prompts.to_dict(), **{name: getattr(self, name) for name in names}}
+
     def image(self, image: "Image.Image | bytes | str | Path | dict") -> Image.Image:
         """One image, decoded. Raises [`~evolmm_trl.data.UnreadableImageError`] if it cannot be."""
         return decode_image(image, self.max_pixels)
