@@ -36,11 +36,13 @@ def rollout(answers, rewards, **kwargs):
             "question": Question("How many?", True),
             "completions": [f"<answer>{text}</answer>" for text, _ in answers],
             "answers": [Answer(text, words) for text, words in answers],
+            "tokens": [words + 4 for _, words in answers],
             "vote": vote([text for text, _ in answers]),
             "solver_rewards": rewards,
             "solver_advantages": [reward - 0.5 for reward in rewards],
             "proposer_reward": 0.25,
             "proposer_advantage": -0.5,
+            "blind_answers": None,
             "solver_step": 3,
             "proposer_step": None,
             **kwargs,
@@ -68,11 +70,13 @@ def test_a_record_holds_all_answers_and_what_the_trained_ones_earned():
         "question": "How many?",
         "question_completion": "<question>How many?</question>",
         "question_well_formed": True,
+        "question_kind": "counting",
         "answers": [
             {
                 "completion": "<answer>5</answer>",
                 "answer": "5",
                 "canonical": "5",
+                "tokens": 6,
                 "words_before_answer": 2,
                 "reward": 0.8,
                 "advantage": pytest.approx(0.3),
@@ -81,6 +85,7 @@ def test_a_record_holds_all_answers_and_what_the_trained_ones_earned():
                 "completion": "<answer>None</answer>",
                 "answer": None,
                 "canonical": None,
+                "tokens": 11,
                 "words_before_answer": 7,
                 "reward": 0.0,
                 "advantage": -0.5,
@@ -89,6 +94,7 @@ def test_a_record_holds_all_answers_and_what_the_trained_ones_earned():
                 "completion": "<answer>5</answer>",
                 "answer": "5",
                 "canonical": "5",
+                "tokens": 4,
                 "words_before_answer": 0,
                 "reward": None,
                 "advantage": None,
@@ -98,6 +104,7 @@ def test_a_record_holds_all_answers_and_what_the_trained_ones_earned():
         "majority": "5",
         "agreement": 2 / 3,
         "entropy": pytest.approx(-2 / 3 * math.log(2 / 3) - 1 / 3 * math.log(1 / 3)),
+        "blind_answers": None,
         "proposer_reward": 0.25,
         "proposer_advantage": -0.5,
         "trained_on": {"solver": None, "proposer": 6},
@@ -127,7 +134,6 @@ def test_metrics_are_those_computed_by_hand():
             "unanimous": 1 / 3,
             "unreadable": 4 / 9,
             "malformed_questions": 1 / 3,
-            "distinct_questions": 2 / 3,
             "words_before_answer": 18 / 9,
         }
     )
@@ -136,7 +142,21 @@ def test_metrics_are_those_computed_by_hand():
 def test_metrics_of_a_single_rollout_exist():
     metrics = rollout_metrics([rollout([("5", 0)], [1.0]).record(1)])
     assert metrics["proposer/reward_std"] == metrics["solver/reward_std"] == 0.0
-    assert metrics["distinct_questions"] == metrics["unanimous"] == 1.0
+    assert metrics["unanimous"] == 1.0
+
+
+def test_a_question_is_solved_blind_if_the_majority_is_the_same_and_readable():
+    answers = [("5", 0), ("5", 0), ("1", 0)]
+    unreadable = [(None, 0)] * 3
+    records = [
+        rollout(answers, [1.0], blind_answers=["5", "1", "5"]).record(1),
+        rollout(answers, [1.0], blind_answers=["1", "1", "5"]).record(1),
+        rollout(answers, [1.0], blind_answers=[None, None, None]).record(1),
+        rollout(unreadable, [0.0], blind_answers=[None, None, None]).record(1),
+        rollout(answers, [1.0]).record(1),  # was not asked
+    ]
+    assert rollout_metrics(records)["blind_solved"] == 0.25
+    assert "blind_solved" not in rollout_metrics(records[4:])
 
 
 # The log

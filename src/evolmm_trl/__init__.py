@@ -32,6 +32,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "asking": ["Reply", "ask"],
         "config": ["EvoLMMConfig"],
         "data": ["load_images"],
+        "health.guard": ["CollapseGuard"],
         "kl": ["AdaptiveKL"],
         "processing": ["load_processor"],
         "prompts": ["RolePrompts"],

@@ -63,6 +63,7 @@ class RoleCheckpoints:
                 "step": self.state.global_step,
                 "kl": {role: self.kl[role].state_dict() for role in ROLES},
                 "baselines": {role: self.baselines[role].state_dict() for role in ROLES},
+                "health": self.health.state_dict(),
                 "rollout_log_bytes": len(self.rollout_log),
                 "preference_log_bytes": len(self.preference_log),
                 "processes": self.accelerator.num_processes,
@@ -157,6 +158,7 @@ class RoleCheckpoints:
         for role in ROLES:
             self.kl[role].load_state_dict(state["kl"][role])
             self.baselines[role].load_state_dict(state["baselines"][role])
+        self.health.load_state_dict(state["health"])
         self._image_order.load_state_dict(state["images"])
         self._pending_questions = load_samples(
             Path(checkpoint) / f"pending_questions_{self.accelerator.process_index}.safetensors"

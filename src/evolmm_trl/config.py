@@ -41,6 +41,9 @@ class EvoLMMConfig(GRPOConfig):
         early_votes (`bool`, *optional*, defaults to `False`):
             Draw the extra votes in turn, and no more of them once the majority cannot change or the trainer's `vote_gate`
             is sure. The continuous rewards are then biased; the solver's discrete one is not, without a gate.
+        blind_questions (`int`, *optional*, defaults to `0`):
+            Questions per process and rollout that are also answered N times without the image, for the metric
+            `blind_solved`.
         max_completion_length (`int`, *optional*, defaults to `128`):
             Longest answer, in tokens (EvoLMM's code: 128).
         max_question_length (`int`, *optional*, defaults to `128`):
@@ -73,6 +76,11 @@ class EvoLMMConfig(GRPOConfig):
             mean over the answers to the question; for the proposer, over the questions of the rollout.
         baseline_momentum (`float`, *optional*, defaults to `0.9`):
             Share of the old moving average that is kept (EvoLMM: 0.9).
+        diversity_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of a penalty in the proposer's reward for questions that are like others of the rollout (R-Zero: 1).
+        blind_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of a penalty in the proposer's reward for questions whose majority answer is the same without the image.
+            Every question is then answered N times more, without the image.
         agreement_band (`list[float]`, *optional*):
             Train the solver only on questions whose agreement is within these bounds, both included. `None`: on all.
         proposer_update_every (`int`, *optional*, defaults to `5`):
@@ -163,6 +171,9 @@ class EvoLMMConfig(GRPOConfig):
         default=False,
         metadata={"help": "Draw the extra votes in turn, until the majority cannot change or the vote gate is sure."},
     )
+    blind_questions: int = field(
+        default=0, metadata={"help": "Questions per process and rollout that are also answered without the image."}
+    )
     max_question_length: int = field(default=128, metadata={"help": "Longest question, in tokens."})
     image_root: str | None = field(
         default=None,
@@ -206,6 +217,12 @@ class EvoLMMConfig(GRPOConfig):
         metadata={"help": "What a reward is compared with.", "choices": ["ema", "group"]},
     )
     baseline_momentum: float = field(default=0.9, metadata={"help": "Share of the old moving average that is kept."})
+    diversity_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the proposer's penalty for questions like others of the rollout."}
+    )
+    blind_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the proposer's penalty for questions solved without the image."}
+    )
     agreement_band: list[float] | None = field(
         default=None,
         metadata={"help": "Train the solver only on questions whose agreement is within these two bounds."},
@@ -315,6 +332,9 @@ class EvoLMMConfig(GRPOConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r}; expected one of {allowed}.")
         for name, expected, holds in (
             ("extra_votes", "0 or more", self.extra_votes >= 0),
+            ("blind_questions", "0 or more", self.blind_questions >= 0),
+            ("diversity_weight", "0 or more", self.diversity_weight >= 0),
+            ("blind_weight", "0 or more", self.blind_weight >= 0),
             ("max_question_length", "1 or more", self.max_question_length >= 1),
             ("solver_gamma", "above 0 and at most 1", 0 < self.solver_gamma <= 1),
             ("length_weight", "0 or more", self.length_weight >= 0),

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
 
+from .health.questions import question_kind
 from .prompts import Answer, Question
-from .voting import Vote
+from .voting import Vote, vote
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,16 @@ class Rollout:
             What the solver wrote, N + `extra_votes` times.
         answers (`list[Answer]`):
             The same, read.
+        tokens (`list[int]`):
+            Their lengths in tokens.
         vote ([`Vote`]):
             The vote among all of them.
         solver_rewards (`list[float]`), solver_advantages (`list[float]`):
             Of the first N answers, those that are trained on.
         proposer_reward (`float`), proposer_advantage (`float`):
             Of the question.
+        blind_answers (`list[str or None]` or `None`):
+            Canonical answers of the solver without the image; `None` if it was not asked.
         solver_step (`int` or `None`), proposer_step (`int` or `None`):
             The optimizer steps, counted from 1, that train on the answers and on the question; `None` for none.
     """
@@ -56,11 +61,13 @@ class Rollout:
     question: Question
     completions: list[str]
     answers: list[Answer]
+    tokens: list[int]
     vote: Vote
     solver_rewards: list[float]
     solver_advantages: list[float]
     proposer_reward: float
     proposer_advantage: float
+    blind_answers: list[str | None] | None
     solver_step: int | None
     proposer_step: int | None
 
@@ -73,11 +80,13 @@ class Rollout:
             "question": self.question.text,
             "question_completion": self.question_completion,
             "question_well_formed": self.question.well_formed,
+            "question_kind": question_kind(self.question.text),
             "answers": [
                 {
                     "completion": completion,
                     "answer": answer.text,
                     "canonical": canonical,
+                    "tokens": self.tokens[i],
                     "words_before_answer": answer.words_before,
                     "reward": self.solver_rewards[i] if i < trained else None,
                     "advantage": self.solver_advantages[i] if i < trained else None,
@@ -90,6 +99,7 @@ class Rollout:
             "majority": self.vote.majority,
             "agreement": self.vote.agreement,
             "entropy": self.vote.entropy,
+            "blind_answers": self.blind_answers,
             "proposer_reward": self.proposer_reward,
             "proposer_advantage": self.proposer_advantage,
             "trained_on": {"solver": self.solver_step, "proposer": self.proposer_step},
@@ -131,13 +141,13 @@ def rollout_metrics(records: Sequence[dict]) -> dict[str, float]:
 
     Returns:
         `dict[str, float]`: mean and spread of both roles' rewards, agreement, entropy (nats), shares of unanimous
-        questions, of unreadable answers and of malformed questions, distinct questions as a share of all, words before
-        the answer.
+        questions, of unreadable answers and of malformed questions, words before the answer; and, of the questions that
+        were also asked without the image, the share whose majority is then the same (`blind_solved`).
     """
     answers = [answer for record in records for answer in record["answers"]]
     rewards = [answer["reward"] for answer in answers if answer["reward"] is not None]
     proposer_rewards = [record["proposer_reward"] for record in records]
-    return {
+    metrics = {
         "solver/reward": fmean(rewards),
         "solver/reward_std": pstdev(rewards),
         "proposer/reward": fmean(proposer_rewards),
@@ -147,9 +157,13 @@ def rollout_metrics(records: Sequence[dict]) -> dict[str, float]:
         "unanimous": fmean(record["agreement"] == 1.0 for record in records),
         "unreadable": fmean(answer["canonical"] is None for answer in answers),
         "malformed_questions": fmean(not record["question_well_formed"] for record in records),
-        "distinct_questions": len({record["question"] for record in records}) / len(records),
         "words_before_answer": fmean(answer["words_before_answer"] for answer in answers),
     }
+    blind = [record for record in records if record["blind_answers"] is not None]
+    if blind:
+        majorities = [(record["majority"], vote(record["blind_answers"]).majority) for record in blind]
+        metrics["blind_solved"] = fmean(seen is not None and seen == unseen for seen, unseen in majorities)
+    return metrics
 
 
 class RolloutLog:

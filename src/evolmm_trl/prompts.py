@@ -102,9 +102,9 @@ class RolePrompts(Prompts):
         """The proposer's conversation, with a place for one image."""
         return user_message(self.proposer, True, self.system)
 
-    def solver_messages(self, question: str) -> list[dict]:
-        """The solver's conversation about one question, with a place for one image."""
-        return user_message(self.solver.replace("{question}", question), True, self.system)
+    def solver_messages(self, question: str, with_image: bool = True) -> list[dict]:
+        """The solver's conversation about one question, with a place for one image unless it is asked blind."""
+        return user_message(self.solver.replace("{question}", question), with_image, self.system)
 
 
 @dataclass(frozen=True)

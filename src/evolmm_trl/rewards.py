@@ -143,6 +143,54 @@ def discrete_proposer_reward(vote: Vote) -> float:
     return 1.0 if 1 < majority_count < len(vote.shares) else 0.0
 
 
+def blind_share(vote: Vote, blind_answers: Sequence[str | None]) -> float:
+    """
+    How far a question is solved without its image.
+
+    Args:
+        vote ([`Vote`]):
+            The vote with the image.
+        blind_answers (`Sequence[str or None]`):
+            Canonical answers without it.
+
+    Returns:
+        `float`: the share of the answers without the image that are the majority with it; 0 if there is none.
+    """
+    return sum(vote.majority is not None and answer == vote.majority for answer in blind_answers) / len(blind_answers)
+
+
+def penalised_proposer_reward(
+    reward: float,
+    *,
+    cluster_share: float = 0.0,
+    blind_share: float = 0.0,
+    diversity_weight: float = 0.0,
+    blind_weight: float = 0.0,
+) -> float:
+    r"""
+    The proposer's reward less the two optional penalties,
+
+    $$r = \max(0, r^{prop} - \lambda_{div} |C| / M - \lambda_{blind} b).$$
+
+    The first is R-Zero's repetition penalty (https://huggingface.co/papers/2508.05004), with the question's cluster C
+    among the M questions of the rollout ([`~evolmm_trl.health.cluster_shares`]). The second is this package's own.
+
+    Args:
+        reward (`float`):
+            Reward r^prop of the question.
+        cluster_share (`float`, *optional*, defaults to `0.0`):
+            Share |C| / M of the questions that are like it, itself included.
+        blind_share (`float`, *optional*, defaults to `0.0`):
+            Share b of the answers without the image that are the majority with it.
+        diversity_weight (`float`, *optional*, defaults to `0.0`), blind_weight (`float`, *optional*, defaults to `0.0`):
+            Weights of the penalties. 0: none.
+
+    Returns:
+        `float`: 0 or more.
+    """
+    return max(0.0, reward - diversity_weight * cluster_share - blind_weight * blind_share)
+
+
 class EMABaseline:
     """
     Exponential moving average of a role's mean reward (EvoLMM: b <- 0.9 b + 0.1 r). It is fixed for a whole rollout

@@ -17,7 +17,7 @@
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -61,6 +61,18 @@ def check_complete(checkpoint: str | Path) -> None:
         raise ValueError(f"{checkpoint} is not complete: its files are of the steps {steps[0]} and {steps[1]}.")
 
 
+def complete_checkpoints(output_dir: str | Path) -> Iterator[Path]:
+    """The checkpoints of a run that were written to their end, from the newest on, with a warning for each other one."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            check_complete(folder)
+        except ValueError as error:
+            logger.warning("Not resumed from: %s", error)
+        else:
+            yield folder
+
+
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """
     The newest checkpoint that was written to its end.
@@ -72,15 +84,8 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     Returns:
         `str` or `None`: its folder; `None` if there is none.
     """
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        try:
-            check_complete(folder)
-        except ValueError as error:
-            logger.warning("Not resumed from: %s", error)
-        else:
-            return str(folder)
-    return None
+    folder = next(complete_checkpoints(output_dir), None)
+    return None if folder is None else str(folder)
 
 
 def save_samples(samples: Sequence[Sample], file: Path) -> None:

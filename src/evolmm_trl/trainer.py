@@ -49,6 +49,8 @@ from .config import DEFAULT_STREAM_ROLLOUTS, EvoLMMConfig
 from .data import EndlessImages, ReadableImageStream, readable_images
 from .engines import engine_optimizer, whole_weights
 from .evaluation.loop import LabelledEvaluation
+from .health.questions import cluster_shares
+from .health.run import RunHealth
 from .kl import AdaptiveKL
 from .memory import Prompt, Sharding, describe
 from .monitor import Rollout, RolloutLog, rollout_metrics
@@ -58,9 +60,11 @@ from .rewards import (
     PROPOSER_ENTROPY_MEAN,
     PROPOSER_ENTROPY_STD,
     EMABaseline,
+    blind_share,
     discrete_proposer_reward,
     discrete_solver_rewards,
     entropy_scale,
+    penalised_proposer_reward,
     proposer_reward,
     solver_rewards,
 )
@@ -275,6 +279,7 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
         self.baselines = {role: EMABaseline(args.baseline_momentum) for role in ROLES}
         self.rollout_log = RolloutLog(Path(args.output_dir) / "rollouts.jsonl")
         self.preference_log = RolloutLog(Path(args.output_dir) / "preferences.jsonl")
+        self.health = RunHealth()
         self._pending_questions: list[Sample] = []  # asked since the proposer's last step
         self._micro_batches: list[list[_Part]] = []  # of the current optimizer step
         self._model_inputs = None  # of the current forward, for `_get_per_token_logps_and_entropies`
@@ -544,9 +549,11 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
                 question_ids, question_texts, questions = self._propose(model, rows, question_prompts)
             with self._timed("solve"):
                 answer_prompts, answer_ids, completions = self._solve(model, rows, question_prompts, questions)
+            blind = self._solve_blind(model, rows, questions)
         answers = [[read_answer(text) for text in group] for group in completions]
         votes = [vote([canonical_answer(answer.text) for answer in group]) for group in answers]
         solver, proposer = self._rewards(questions, answers, votes)
+        proposer = self._penalised(proposer, questions, votes, blind)
         solver = self._add_reward_funcs(solver, rows, questions, completions, answer_ids)
         solver_advantages = self._advantages(SOLVER, solver)
         (proposer_advantages,) = self._advantages(PROPOSER, [proposer])
@@ -560,7 +567,9 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
                 question=questions[i],
                 completions=completions[i],
                 answers=answers[i],
+                tokens=[len(ids) for ids in answer_ids[i]],
                 vote=votes[i],
+                blind_answers=blind[i],
                 solver_rewards=solver[i],
                 solver_advantages=solver_advantages[i],
                 proposer_reward=proposer[i],
@@ -610,6 +619,25 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
         else:
             ids = self._generate_role(model, SOLVER, prompts, seeds)
         return prompts, ids, [self._decode(group) for group in ids]
+
+    def _solve_blind(self, model, rows: list[dict], questions: list[Question]) -> list[list[str | None] | None]:
+        """
+        The canonical answers of the solver to the first `blind_questions` questions, or to all of them where they count
+        in the proposer's reward, in a conversation without the image; `None` for the others.
+        """
+        count = len(rows) if self.args.blind_weight else min(self.args.blind_questions, len(rows))
+        blind: list[list[str | None] | None] = [None] * len(rows)
+        if count == 0:
+            return blind
+        conversations = [
+            self.prompts.solver_messages(question.text, with_image=False) for question in questions[:count]
+        ]
+        prompts = encode_prompts(self.processing_class, conversations, None, **self.chat_template_kwargs)
+        seeds = self._seeds("blind", rows, self.args.num_generations)[:count]
+        with self._timed("solve_blind"), self.roles.using(SOLVER):
+            ids = generate(model, prompts, seeds, self._generation_config(SOLVER))
+        blind[:count] = [[canonical_answer(read_answer(text).text) for text in self._decode(group)] for group in ids]
+        return blind
 
     def _vote_in_turn(self, model, prompts: list[EncodedPrompt], seeds: list[list[int]]) -> list[list[list[int]]]:
         """The trained answers, and extra votes one by one while the majority can change and the gate is not sure."""
@@ -665,6 +693,32 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
         proposer = [r if q.well_formed else 0.0 for r, q in zip(proposer, questions, strict=True)]
         return solver, proposer
 
+    def _penalised(
+        self,
+        rewards: list[float],
+        questions: list[Question],
+        votes: list[Vote],
+        blind: list[list[str | None] | None],
+    ) -> list[float]:
+        """The proposer's rewards less what repeated questions, and those solved without the image, cost."""
+        args = self.args
+        repeated = [0.0] * len(rewards)
+        if args.diversity_weight:
+            shares = cluster_shares(gather_object([question.text for question in questions]))
+            self._log_train("question_cluster_share", sum(shares) / len(shares))
+            first = self.accelerator.process_index * len(rewards)
+            repeated = shares[first : first + len(rewards)]
+        return [
+            penalised_proposer_reward(
+                reward,
+                cluster_share=share,
+                blind_share=blind_share(cast, answers) if args.blind_weight else 0.0,
+                diversity_weight=args.diversity_weight,
+                blind_weight=args.blind_weight,
+            )
+            for reward, share, cast, answers in zip(rewards, repeated, votes, blind, strict=True)
+        ]
+
     def _add_reward_funcs(self, solver, rows, questions, completions, answer_ids) -> list[list[float]]:
         """Adds the user's `reward_funcs`, called as GRPOTrainer calls them, to the agreement rewards."""
         if not self.reward_funcs:
@@ -707,7 +761,7 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
         self._step_rows = sum(len(tokens) for tokens, _ in everywhere)
         self._step_tokens = sum(sum(tokens) for tokens, _ in everywhere)
         self._step_advantages = sum(advantages for _, advantages in everywhere)
-        self._step_kl = 0.0
+        self._step_kl: float | None = None
         if samples:
             self._spare_sample = samples[0]
 
@@ -756,6 +810,14 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
                 batch["ref_per_token_logps"] = self._reference_logps(batch)
         return batch
 
+    def _unpenalised_kl(self, batch: dict, reference: torch.Tensor) -> float:
+        """The KL to the frozen base of the forward just made, as TRL estimates it, where no penalty needs it."""
+        ratio = reference - self._last_logps
+        mask = batch["completion_mask"]
+        kl = (((torch.exp(ratio) - ratio - 1) * mask).sum(), mask.sum())
+        total, tokens = self.accelerator.gather(torch.stack(kl)[None]).sum(0).tolist()
+        return total / max(tokens, 1.0)
+
     def _collate(self, samples: list[Sample], counts: list[bool], shared: bool) -> dict:
         pad_token_id = self._tokenizer.pad_token_id
         if shared:
@@ -791,10 +853,15 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
         if isinstance(inputs, PackedGroups):
             with self.accelerator.autocast():
                 logps, entropies = packed_logps(model, inputs, compute_entropy)
-            return logps, entropies, None
-        # TRL hands on the image tensors of some families alone. Bound here, every family's reach the model
-        model = partial(model, **inputs)
-        return super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=compute_entropy, **kwargs)
+            outputs = (logps, entropies, None)
+        else:
+            # TRL hands on the image tensors of some families alone. Bound here, every family's reach the model
+            model = partial(model, **inputs)
+            outputs = super()._get_per_token_logps_and_entropies(
+                model, *args, compute_entropy=compute_entropy, **kwargs
+            )
+        self._last_logps = outputs[0].detach()
+        return outputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a micro-batch. All of its parts but the last go backward here, so that one is held at a time."""
@@ -826,16 +893,25 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
         """TRL's loss with the active role's beta, as the mean over all samples of the step."""
         batch = self._batch(part)
         self.beta = self.kl[self.role].beta
+        reference = None
+        free = self.ref_model is None and isinstance(self.model, PeftModel)
+        if self.beta == 0.0 and free and self._step_kl is None and part.tokens:
+            # Nothing holds the policy, and how far it has gone is seen on the step's first part, at little cost
+            with self._timed("reference"), torch.no_grad():
+                reference = self._reference_logps(batch)
         train_metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
         self._model_inputs = batch.pop("model_inputs")
         loss = super().compute_loss(model, batch)
         role_metrics, self._metrics["train"] = self._metrics["train"], train_metrics
-        kl = role_metrics.pop("kl", [0.0])[0]  # of this part; the step's is logged at its end
+        kl = role_metrics.pop("kl", [None])[0]  # of this part; the step's is logged at its end
         for name, values in role_metrics.items():
             train_metrics[f"{self.role}/{name}"].extend(values)
         if self._step_tokens == 0:
             return loss
-        self._step_kl += kl * part.tokens / self._step_tokens
+        if kl is not None:
+            self._step_kl = (self._step_kl or 0.0) + kl * part.tokens / self._step_tokens
+        elif reference is not None:
+            self._step_kl = self._unpenalised_kl(batch, reference)
         if self.loss_type in _ROW_MEAN_LOSSES:
             micro_batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
             loss = loss * (len(part.samples) * micro_batches / self._step_rows)
@@ -851,9 +927,10 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
             self.optimizer.zero_grad(set_to_none=True)  # for an optimizer of the user's, which knows no roles
             return
         self._log_train(f"{self.role}/beta", self.kl[self.role].beta)
-        if self.beta != 0.0:
+        if self._step_kl is not None:
             self._log_train(f"{self.role}/kl", self._step_kl)
-            self.kl[self.role].update(self._step_kl)
+            if self.beta != 0.0:
+                self.kl[self.role].update(self._step_kl)
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -990,7 +1067,7 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
     def _record(self, rollouts: list[Rollout], rows: list[dict]) -> None:
         """Logs the rollouts of all processes, to the rollout log, the metrics and TRL's completion tables."""
         records = gather_object([rollout.record(self.state.global_step + 1) for rollout in rollouts])
-        for name, value in rollout_metrics(records).items():
+        for name, value in {**rollout_metrics(records), **self.health.observe(records)}.items():
             self._log_train(name, value)
         if self.args.early_votes:
             self._log_train("votes", sum(len(record["answers"]) for record in records) / len(records))

@@ -81,18 +81,18 @@ class Sample:
 
 
 def encode_prompts(
-    processor: ProcessorMixin, conversations: Sequence[list[dict]], images: Sequence, **chat_template_kwargs
+    processor: ProcessorMixin, conversations: Sequence[list[dict]], images: Sequence | None, **chat_template_kwargs
 ) -> list[EncodedPrompt]:
     """
-    Encodes one conversation about one image per row.
+    Encodes one conversation per row, about one image or none.
 
     Args:
         processor ([`~transformers.ProcessorMixin`]):
             The model's processor.
         conversations (`Sequence[list[dict]]`):
-            Messages with a place for one image each.
-        images (`Sequence[PIL.Image.Image]`):
-            One image per conversation.
+            Messages with a place for one image each, or for none.
+        images (`Sequence[PIL.Image.Image]` or `None`):
+            One image per conversation; `None` if they are text alone.
 
     Returns:
         `list[EncodedPrompt]`
@@ -101,10 +101,12 @@ def encode_prompts(
         `ValueError`: if the processor returns something that this package does not know how to batch.
     """
     encoded = []
-    for messages, image in zip(conversations, images, strict=True):
+    for messages, image in zip(conversations, images or [None] * len(conversations), strict=True):
         text, options = _as_text(processor, messages, chat_template_kwargs)
+        if image is not None:
+            options["images"] = [[image]]
         # One by one, since what is returned is then this image's, however many tiles or crops it has
-        inputs = processor(text=[text], images=[[image]], return_tensors="pt", **options)
+        inputs = processor(text=[text], return_tensors="pt", **options)
         del inputs["attention_mask"]
         input_ids = inputs.pop("input_ids")[0]
         unknown = sorted(set(inputs) - {*_IMAGE_INPUTS, *_TOKEN_TYPES, *_TOKEN_MASKS})
