@@ -40,6 +40,18 @@ experiments-sr2se: venv
 test: venv
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
+# For the tests of the report's page, on Debian or Ubuntu. Without a Chromium they are skipped.
+.PHONY: browser
+browser:
+	command -v chromium || command -v google-chrome || { \
+	  $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends chromium fonts-dejavu-core; }
+SUDO ?= $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+# The pictures in docs/report.md. Needs a Chromium.
+.PHONY: report-screenshots
+report-screenshots: venv
+	OMP_NUM_THREADS=2 $(PY) examples/demo/report_screenshots.py
+
 lint: venv
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check

@@ -68,6 +68,8 @@ DEFAULTS = {
     "proposer_kl_target": None,
     "collect_preferences": False,
     "preference_agreement": 0.8,
+    "write_report": True,
+    "report_images": 300,
 }
 
 

@@ -116,6 +116,7 @@ def test_the_repository_is_the_output_folder(hub, folder, pushed):
     for name in (*ROLES, "adapter_config.json", "proposer/adapter_config.json", "README.md", "rollouts.jsonl"):
         assert repo.files[name] == local[name]
     assert not any(name.startswith(("checkpoint-", "_")) for name in repo.files)
+    assert any(name.startswith("_report/images/") for name in local)  # which are private
     assert "processor_config.json" in repo.files
     assert 'PeftModel.from_pretrained(base, "alice/whole")' in repo.files["README.md"].decode()
 

@@ -67,6 +67,7 @@ def test_a_record_holds_all_answers_and_what_the_trained_ones_earned():
     assert record == {
         "step": 4,
         "image_id": "a.png",
+        "image_digest": None,
         "question": "How many?",
         "question_completion": "<question>How many?</question>",
         "question_well_formed": True,

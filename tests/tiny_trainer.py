@@ -67,6 +67,7 @@ def config(output_dir, **kwargs) -> EvoLMMConfig:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
+        "write_report": False,  # it takes longer than the training
         "use_cpu": True,
         "disable_tqdm": True,
     }

@@ -154,7 +154,7 @@ def run_arm(base: str, arm: str, seed: int) -> dict:
     images = load_images(make_images(folder / "images", EVOLVE_SEEDS[:1000]), streaming=False)
     trainer = trainer_class(
         model=model,
-        args=demo_config(folder, seed=seed, **changes),
+        args=demo_config(folder, seed=seed, write_report=False, report_images=0, **changes),
         train_dataset=images,
         processing_class=processor,
         peft_config=demo_lora(),

@@ -39,6 +39,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "sr2se.early_exit": ["EarlyExitReasoner"],
         "sr2se.pipeline": ["SR2SEConfig", "run_pipeline"],
         "sr2se.sr_dpo": ["SRDPOConfig", "SRDPOTrainer"],
+        "report": ["write_report"],
         "rewards": ["discrete_proposer_reward", "discrete_solver_rewards", "proposer_reward", "solver_rewards"],
         "solver": ["load_solver", "merge_solver"],
         "trainer": ["EvoLMMTrainer"],

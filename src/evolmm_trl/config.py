@@ -116,6 +116,11 @@ class EvoLMMConfig(GRPOConfig):
             the majority and one that differs.
         preference_agreement (`float`, *optional*, defaults to `0.8`):
             Smallest share of the majority at which a disagreement is written.
+        write_report (`bool`, *optional*, defaults to `True`):
+            Write a page about the run to `output_dir/_report/report.html` when training ends.
+        report_images (`int`, *optional*, defaults to `300`):
+            Thumbnails that are kept in `output_dir/_report/images` for the page, a uniform sample of the run's images. 0:
+            none. What is in `_report` is not pushed to the Hub.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["prompts"]
@@ -265,6 +270,16 @@ class EvoLMMConfig(GRPOConfig):
         default=0.8, metadata={"help": "Smallest share of the majority at which a disagreement is written."}
     )
 
+    # Report
+    write_report: bool = field(
+        default=True,
+        metadata={"help": "Write a page about the run to output_dir/_report/report.html when training ends."},
+    )
+    report_images: int = field(
+        default=300,
+        metadata={"help": "Thumbnails that are kept in output_dir/_report/images for the page. 0: none."},
+    )
+
     def __post_init__(self):
         if self.per_device_train_batch_size is None:
             self.per_device_train_batch_size = self.num_generations
@@ -351,6 +366,7 @@ class EvoLMMConfig(GRPOConfig):
             ("baseline_momentum", "0 or more and below 1", 0 <= self.baseline_momentum < 1),
             ("proposer_update_every", "1 or more", self.proposer_update_every >= 1),
             ("preference_agreement", "0 to 1", 0 <= self.preference_agreement <= 1),
+            ("report_images", "0 or more", self.report_images >= 0),
         ):
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)}; expected {expected}.")

@@ -54,6 +54,8 @@ class Rollout:
             Canonical answers of the solver without the image; `None` if it was not asked.
         solver_step (`int` or `None`), proposer_step (`int` or `None`):
             The optimizer steps, counted from 1, that train on the answers and on the question; `None` for none.
+        image_digest (`str`, *optional*):
+            A name that the image's pixels give.
     """
 
     image_id: str
@@ -70,6 +72,7 @@ class Rollout:
     blind_answers: list[str | None] | None
     solver_step: int | None
     proposer_step: int | None
+    image_digest: str | None = None
 
     def record(self, step: int) -> dict:
         """The rollout as JSON can hold it."""
@@ -77,6 +80,7 @@ class Rollout:
         return {
             "step": step,
             "image_id": self.image_id,
+            "image_digest": self.image_digest,
             "question": self.question.text,
             "question_completion": self.question_completion,
             "question_well_formed": self.question.well_formed,

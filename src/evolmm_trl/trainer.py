@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import hashlib
 import logging
 import math
 import os
@@ -39,6 +38,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
@@ -56,6 +56,7 @@ from .memory import Prompt, Sharding, describe
 from .monitor import Rollout, RolloutLog, rollout_metrics
 from .processing import load_processor, special_tokens
 from .prompts import Question, read_answer, read_question
+from .report import write_report
 from .rewards import (
     PROPOSER_ENTROPY_MEAN,
     PROPOSER_ENTROPY_STD,
@@ -104,6 +105,8 @@ from .shared_prefix import (
 )
 from .sr2se.early_exit import ConfidenceGate
 from .state import check_complete, last_complete_checkpoint
+from .thumbnails import REPORT_FOLDER, Thumbnails, image_digest
+from .trackers import RolloutPictures
 from .voting import Vote, is_settled, vote
 
 
@@ -280,6 +283,8 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
         self.rollout_log = RolloutLog(Path(args.output_dir) / "rollouts.jsonl")
         self.preference_log = RolloutLog(Path(args.output_dir) / "preferences.jsonl")
         self.health = RunHealth()
+        self.thumbnails = Thumbnails(Path(args.output_dir), args.report_images)
+        self._pictures = RolloutPictures(self.callback_handler)
         self._pending_questions: list[Sample] = []  # asked since the proposer's last step
         self._micro_batches: list[list[_Part]] = []  # of the current optimizer step
         self._model_inputs = None  # of the current forward, for `_get_per_token_logps_and_entropies`
@@ -504,9 +509,12 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
                 "one that you wrote."
             )
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.roles.activate(SOLVER)
+        if self.args.write_report and self.accelerator.is_main_process:
+            self._write_report()
+        return result
 
     def _run_epoch(self, *args, **kwargs):
         """As the parent, which trains one step too many when a run that has come to its end is resumed."""
@@ -576,6 +584,7 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
                 proposer_advantage=proposer_advantages[i],
                 solver_step=step + 1 if trained[i] else None,
                 proposer_step=self._proposer_step(step),
+                image_digest=image_digest(rows[i]["image"]),
             )
             for i in range(len(rows))
         ]
@@ -1071,14 +1080,21 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
             self._log_train(name, value)
         if self.args.early_votes:
             self._log_train("votes", sum(len(record["answers"]) for record in records) / len(records))
+        images = [row["image"] for row in rows]
+        if self.args.report_images:
+            candidates = self.thumbnails.candidates([rollout.image_digest for rollout in rollouts], images)
+            candidates = {digest: file for found in gather_object([candidates]) for digest, file in found.items()}
+            self.thumbnails.keep(candidates, write=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             self.rollout_log.write(records)
+            if self.log_multimodal:
+                self._pictures.log(records[: len(images)], images, self.state.max_steps)
         if self.args.collect_preferences:
             self._collect_preferences(rollouts, rows)
         if not self.log_completions:
             return
         n = self.args.num_generations
-        images = gather_object([[row["image"]] for row in rows]) if self.log_multimodal else [None] * len(records)
+        images = gather_object([[image] for image in images]) if self.log_multimodal else [None] * len(records)
         for image, record in zip(images, records, strict=True):
             prompt = [{"role": "user", "content": self.prompts.solver.replace("{question}", record["question"])}]
             for answer in record["answers"][:n]:
@@ -1098,8 +1114,7 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
             if pair is None:
                 continue
             image = row["image"]
-            digest = hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).hexdigest()
-            file = folder / "preference_images" / f"{digest}.png"
+            file = folder / "preference_images" / f"{rollout.image_digest}.png"
             if not file.is_file():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 temporary = file.with_suffix(f".{self.accelerator.process_index}.tmp")
@@ -1110,6 +1125,32 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
         self._log_train("preference_pairs", len(pairs))
         if self.accelerator.is_main_process:
             self.preference_log.write(pairs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the parent, which shows completions again where there are none since, and with the scores of evaluation."""
+        wanted = self.log_completions
+        self.log_completions = wanted and self.model.training and bool(self._logs["completion"])
+        super().log(logs, start_time)
+        if self.log_completions:
+            for column in ("prompt", "completion", "rewards", "advantages", "images"):
+                self._logs[column].clear()
+        self.log_completions = wanted
+
+    def _write_report(self) -> None:
+        folder = Path(self.args.output_dir)
+        try:
+            (folder / REPORT_FOLDER).mkdir(parents=True, exist_ok=True)
+            self.state.save_to_json(str(folder / REPORT_FOLDER / TRAINER_STATE_NAME))
+            page = write_report(folder, history=self.state.log_history)
+        except Exception as error:  # whatever it is: the training is done, and its page can be written later
+            logger.warning(
+                "The report was not written: %s: %s. The training is done; `evolmm report %s` tries again.",
+                type(error).__name__,
+                error,
+                folder,
+            )
+        else:
+            print(f"Report: {page}")
 
     def _log_train(self, name: str, value: float) -> None:
         self._metrics["train"][name].append(value)
