@@ -578,6 +578,7 @@ SIGNATURES = {
     "get_optimizer_cls_and_kwargs": "args, model=None",
     "get_train_dataloader": "self",
     "is_world_process_zero": "self",
+    "log": "self, logs, start_time=None",
     "train": "self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None",
     "training_step": "self, model, inputs, num_items_in_batch",
 }
