@@ -106,8 +106,10 @@ def test_whatever_a_proposer_writes_has_a_kind_and_a_share(questions):
 # A run
 
 
-def records(questions, tokens=5):
-    return [{"question": question, "answers": [{"tokens": tokens}, {"tokens": tokens}]} for question in questions]
+def records(questions, tokens=5, majority="5", blind=None):
+    """Records of two answers each."""
+    answers = {"answers": [{"tokens": tokens}] * 2, "majority": majority, "blind_answers": blind}
+    return [{"question": question, **answers} for question in questions]
 
 
 def test_the_first_step_is_all_new_and_a_repeated_question_is_so_once():
@@ -145,9 +147,22 @@ def test_answer_length_is_compared_with_the_first_ten_rollouts():
     assert health.observe(records("a", 5))["answer_length_drift"] == 0.5
 
 
+def test_a_question_is_solved_blind_if_the_majority_is_the_same_and_readable():
+    health = RunHealth()
+    assert "blind_solved" not in health.observe(records("abcdefghij"))  # none was asked
+    assert "blind_solved" not in health.observe(records("abcdefg", blind=["5", "1", "5"]))  # seven were
+    assert health.observe(records("a", blind=["5"]))["blind_solved"] == 1.0
+    health.observe(records("abcd", blind=["1", "1", "5"]))
+    assert health.observe(records("abcd", majority=None, blind=[None, None]))["blind_solved"] == 0.5
+    assert health.observe(records(["a"] * 64, blind=["7"]))["blind_solved"] == 0.0  # of the last 64
+
+
 def test_a_resumed_run_goes_on_as_one_that_was_not_stopped():
     whole, first = RunHealth(), RunHealth()
-    steps = [records([str(random.Random(i + j).randrange(40)) for j in range(5)], i + 1) for i in range(30)]
+    steps = [
+        records([str(random.Random(i + j).randrange(40)) for j in range(5)], i + 1, "1", [str(i % 3)])
+        for i in range(30)
+    ]
     expected = [whole.observe(step) for step in steps]
     for step in steps[:15]:
         first.observe(step)

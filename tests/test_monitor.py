@@ -146,20 +146,6 @@ def test_metrics_of_a_single_rollout_exist():
     assert metrics["unanimous"] == 1.0
 
 
-def test_a_question_is_solved_blind_if_the_majority_is_the_same_and_readable():
-    answers = [("5", 0), ("5", 0), ("1", 0)]
-    unreadable = [(None, 0)] * 3
-    records = [
-        rollout(answers, [1.0], blind_answers=["5", "1", "5"]).record(1),
-        rollout(answers, [1.0], blind_answers=["1", "1", "5"]).record(1),
-        rollout(answers, [1.0], blind_answers=[None, None, None]).record(1),
-        rollout(unreadable, [0.0], blind_answers=[None, None, None]).record(1),
-        rollout(answers, [1.0]).record(1),  # was not asked
-    ]
-    assert rollout_metrics(records)["blind_solved"] == 0.25
-    assert "blind_solved" not in rollout_metrics(records[4:])
-
-
 # The log
 
 

@@ -23,7 +23,7 @@ from statistics import fmean, pstdev
 
 from .health.questions import question_kind
 from .prompts import Answer, Question
-from .voting import Vote, vote
+from .voting import Vote
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,12 @@ def rollout_metrics(records: Sequence[dict]) -> dict[str, float]:
 
     Returns:
         `dict[str, float]`: mean and spread of both roles' rewards, agreement, entropy (nats), shares of unanimous
-        questions, of unreadable answers and of malformed questions, words before the answer; and, of the questions that
-        were also asked without the image, the share whose majority is then the same (`blind_solved`).
+        questions, of unreadable answers and of malformed questions, words before the answer.
     """
     answers = [answer for record in records for answer in record["answers"]]
     rewards = [answer["reward"] for answer in answers if answer["reward"] is not None]
     proposer_rewards = [record["proposer_reward"] for record in records]
-    metrics = {
+    return {
         "solver/reward": fmean(rewards),
         "solver/reward_std": pstdev(rewards),
         "proposer/reward": fmean(proposer_rewards),
@@ -163,11 +162,6 @@ def rollout_metrics(records: Sequence[dict]) -> dict[str, float]:
         "malformed_questions": fmean(not record["question_well_formed"] for record in records),
         "words_before_answer": fmean(answer["words_before_answer"] for answer in answers),
     }
-    blind = [record for record in records if record["blind_answers"] is not None]
-    if blind:
-        majorities = [(record["majority"], vote(record["blind_answers"]).majority) for record in blind]
-        metrics["blind_solved"] = fmean(seen is not None and seen == unseen for seen, unseen in majorities)
-    return metrics
 
 
 class RolloutLog:

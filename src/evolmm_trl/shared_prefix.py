@@ -216,15 +216,16 @@ def prompt_positions(model: PreTrainedModel | PeftModel, prompt: EncodedPrompt) 
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The model, whose own rule is used.
         prompt ([`EncodedPrompt`]):
-            Prompt with one image.
+            Prompt with one image, or none.
 
     Returns:
         `torch.Tensor` of shape `(3, prompt length)`
     """
+    grid = prompt.image_inputs.get("image_grid_thw")
     positions, _ = base_model(model).model.get_rope_index(
         prompt.input_ids[None],
         mm_token_type_ids=prompt.token_inputs["mm_token_type_ids"][None],
-        image_grid_thw=prompt.image_inputs["image_grid_thw"].cpu(),
+        image_grid_thw=None if grid is None else grid.cpu(),
     )
     return positions[:, 0]
 

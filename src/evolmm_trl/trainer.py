@@ -643,8 +643,8 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
         ]
         prompts = encode_prompts(self.processing_class, conversations, None, **self.chat_template_kwargs)
         seeds = self._seeds("blind", rows, self.args.num_generations)[:count]
-        with self._timed("solve_blind"), self.roles.using(SOLVER):
-            ids = generate(model, prompts, seeds, self._generation_config(SOLVER))
+        with self._timed("solve_blind"):
+            ids = self._generate_role(model, SOLVER, prompts, seeds)
         blind[:count] = [[canonical_answer(read_answer(text).text) for text in self._decode(group)] for group in ids]
         return blind
 

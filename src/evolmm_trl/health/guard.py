@@ -93,11 +93,11 @@ class CollapseGuard(TrainerCallback):
             Logged values whose mean is judged.
         patience (`int`, *optional*, defaults to `3`):
             Times in a row that a mean must be out of bounds.
-        min_entropy (`float` or `None`, *optional*, defaults to `0.05`):
+        min_entropy (`float` or `None`, *optional*, defaults to `0.02`):
             Smallest `answer_entropy`, in nats. `None` switches a condition off, here and below.
         min_distinct_questions (`float` or `None`, *optional*, defaults to `0.2`):
             Smallest share of different ones among the last 64 questions.
-        max_blind_solved (`float` or `None`, *optional*, defaults to `0.8`):
+        max_blind_solved (`float` or `None`, *optional*, defaults to `0.7`):
             Largest share of questions whose majority answer is the same without the image. Needs
             `EvoLMMConfig.blind_questions`.
         max_kl (`float` or `None`, *optional*, defaults to `0.5`):
@@ -120,9 +120,9 @@ class CollapseGuard(TrainerCallback):
         *,
         window: int = 5,
         patience: int = 3,
-        min_entropy: float | None = 0.05,
+        min_entropy: float | None = 0.02,
         min_distinct_questions: float | None = 0.2,
-        max_blind_solved: float | None = 0.8,
+        max_blind_solved: float | None = 0.7,
         max_kl: float | None = 0.5,
         max_accuracy_drop: float | None = 0.02,
         evaluation_patience: int = 2,

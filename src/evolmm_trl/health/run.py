@@ -22,11 +22,14 @@ from statistics import fmean
 
 import numpy as np
 
+from ..voting import vote
 from .questions import QUESTION_KINDS, question_kind, self_bleu
 
 
-# Questions among which different ones are counted, whatever the images per step
+# Questions among which different ones, and those solved blind, are counted, whatever the images per step
 RECENT_QUESTIONS = 64
+# As few as a share is given of
+_FEWEST_BLIND = 8
 # Rollouts whose mean answer length later ones are compared with
 _FIRST_ROLLOUTS = 10
 
@@ -39,6 +42,7 @@ class RunHealth:
     def __init__(self):
         self._recent: deque[str] = deque(maxlen=RECENT_QUESTIONS)
         self._asked: set[int] = set()  # digests of all questions of the run
+        self._solved_blind: deque[bool] = deque(maxlen=RECENT_QUESTIONS)
         self._first_tokens: list[float] = []  # mean answer length of the first rollouts
 
     def observe(self, records: Sequence[dict]) -> dict[str, float]:
@@ -53,7 +57,9 @@ class RunHealth:
             `dict[str, float]`: of the last 64 questions of the run, the share of different ones (`distinct_questions`); of
             the step's, the share that was never asked before in the run (`novel_questions`), their Self-BLEU with those 64
             (`question_self_bleu`) and the share of each kind (`question_kinds/...`); the mean length of the answers in
-            tokens, and as a multiple of that of the run's first 10 rollouts (`answer_tokens`, `answer_length_drift`).
+            tokens, and as a multiple of that of the run's first 10 rollouts (`answer_tokens`, `answer_length_drift`). Of the
+            last 64 questions that were also asked without the image, once there are 8, the share whose majority was
+            then the same (`blind_solved`).
         """
         questions = [record["question"] for record in records]
         others = list(self._recent)
@@ -65,6 +71,12 @@ class RunHealth:
         metrics["novel_questions"] = len(new) / len(questions)
         kinds = [question_kind(question) for question in questions]
         metrics |= {f"question_kinds/{kind}": kinds.count(kind) / len(kinds) for kind in QUESTION_KINDS}
+        for record in records:
+            if record["blind_answers"] is not None:
+                blind = vote(record["blind_answers"]).majority
+                self._solved_blind.append(blind is not None and blind == record["majority"])
+        if len(self._solved_blind) >= _FEWEST_BLIND:
+            metrics["blind_solved"] = fmean(self._solved_blind)
         tokens = fmean(answer["tokens"] for record in records for answer in record["answers"])
         if len(self._first_tokens) < _FIRST_ROLLOUTS:
             self._first_tokens.append(tokens)
@@ -77,6 +89,7 @@ class RunHealth:
         return {
             "recent_questions": list(self._recent),
             "questions_asked": base64.b64encode(digests).decode("ascii"),
+            "solved_blind": list(self._solved_blind),
             "first_answer_tokens": self._first_tokens,
         }
 
@@ -84,6 +97,7 @@ class RunHealth:
         self._recent = deque(state["recent_questions"], maxlen=RECENT_QUESTIONS)
         digests = base64.b64decode(state["questions_asked"], validate=True)
         self._asked = set(np.frombuffer(digests, dtype="<u8").tolist())
+        self._solved_blind = deque(state["solved_blind"], maxlen=RECENT_QUESTIONS)
         self._first_tokens = list(state["first_answer_tokens"])
 
 
