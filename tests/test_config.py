@@ -66,6 +66,7 @@ DEFAULTS = {
     "beta_max": 100.0,
     "proposer_beta": None,
     "proposer_kl_target": None,
+    "collapse_guard": None,
     "collect_preferences": False,
     "preference_agreement": 0.8,
     "write_report": True,

@@ -242,6 +242,17 @@ def test_a_collapsing_run_is_stopped_and_why_is_said(base, tmp_path, caplog):
     assert "ended the run at step 4" in message and "answer_entropy was" in message and "min_entropy=99" in message
 
 
+@pytest.mark.parametrize("action", ["stop", "rewind"])
+def test_the_configuration_adds_a_guard(base, tmp_path, action):
+    trainer = TalkingTrainer(
+        model=base, args=config(tmp_path, collapse_guard=action), train_dataset=image_dataset(), peft_config=lora()
+    )
+    (watching,) = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, CollapseGuard)]
+    assert watching.action == action
+    with pytest.raises(ValueError, match="collapse_guard='cry'; expected one of"):
+        config(tmp_path, collapse_guard="cry")
+
+
 def test_a_run_within_bounds_is_left_alone(base, tmp_path):
     free, watched = Weights(), Weights()
     train(base, tmp_path / "free", free)

@@ -111,6 +111,8 @@ class EvoLMMConfig(GRPOConfig):
         proposer_beta (`float`, *optional*), proposer_kl_target (`float`, *optional*):
             The proposer's own `beta` and `kl_target`. `None`: the same as the solver's. The paper holds the proposer more
             loosely than the solver.
+        collapse_guard (`str`, *optional*):
+            `"stop"` or `"rewind"`: adds a [`CollapseGuard`] with this action and its default thresholds.
         collect_preferences (`bool`, *optional*, defaults to `False`):
             Write the solver's disagreements to `output_dir/preferences.jsonl`, as pairs for [`SRDPOTrainer`]: an answer of
             the majority and one that differs.
@@ -261,6 +263,15 @@ class EvoLMMConfig(GRPOConfig):
         default=None, metadata={"help": "The proposer's own `kl_target`. `None`: the same."}
     )
 
+    # Health
+    collapse_guard: str | None = field(
+        default=None,
+        metadata={
+            "help": "End a run that collapses: 'stop', or 'rewind' to the best checkpoint.",
+            "choices": ["stop", "rewind"],
+        },
+    )
+
     # Preference pairs
     collect_preferences: bool = field(
         default=False,
@@ -342,6 +353,7 @@ class EvoLMMConfig(GRPOConfig):
             ("reward", ("continuous", "discrete")),
             ("baseline", ("ema", "group")),
             ("adapters", ("separate", "shared")),
+            ("collapse_guard", (None, "stop", "rewind")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; expected one of {allowed}.")

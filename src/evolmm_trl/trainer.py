@@ -49,6 +49,7 @@ from .config import DEFAULT_STREAM_ROLLOUTS, EvoLMMConfig
 from .data import EndlessImages, ReadableImageStream, readable_images
 from .engines import engine_optimizer, whole_weights
 from .evaluation.loop import LabelledEvaluation
+from .health.guard import CollapseGuard
 from .health.questions import cluster_shares
 from .health.run import RunHealth
 from .kl import AdaptiveKL
@@ -254,7 +255,7 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), *([CollapseGuard(args.collapse_guard)] if args.collapse_guard else [])],
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=lora_configs[SOLVER] if lora_configs else None,
