@@ -73,3 +73,17 @@ bench-gpu: venv
 # Engines, kills, bad inputs and memory, as docs/reliability.md has them.
 reliability: venv
 	OMP_NUM_THREADS=1 $(PY) tests/reliability.py --document docs/reliability.md
+
+.PHONY: docs
+DOCS_PY := .venv-docs/bin/python
+
+# The documentation site, in build/docs. Its generator has an environment of its own, which sees the package's beside it.
+docs: .venv-docs/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(DOCS_PY) -m sphinx -q -W --keep-going -E -c docs/site docs build/docs
+	@echo build/docs/index.html
+
+.venv-docs/.installed: .venv/.installed constraints-docs.txt
+	$(PY) -m venv .venv-docs
+	$(DOCS_PY) -m pip install -q -c constraints-docs.txt sphinx furo myst-parser latex2mathml
+	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(echo .venv-docs/lib/python*/site-packages)/package.pth
+	touch $@

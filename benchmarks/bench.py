@@ -205,6 +205,8 @@ def write(output: Path | None, text: str, document: dict) -> None:
 def headline(args: argparse.Namespace, machine: dict, seconds: float) -> str:
     return "\n".join(
         [
+            "# The benchmark in full",
+            "",
             "Command: `" + " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]) + "`",
             "",
             *(f"- {name}: {value}" for name, value in machine.items() if value is not None),

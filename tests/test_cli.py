@@ -154,7 +154,7 @@ def test_help_all_lists_the_fields(capsys):
             2,
             "There is no file 'nothing.yaml', which --accelerate",
         ),
-        ("train --num_processes two {required}", 2, "num_processes: invalid int value"),
+        ("train --num_processes two {required}", 2, "invalid int value: .two."),
         ("train --multi_gpu recipe.yaml {required}", 2, "'recipe.yaml' belongs to no option"),
     ],
 )
