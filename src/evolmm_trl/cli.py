@@ -21,10 +21,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from .commands import UsageError, ask, demo, report, sr2se, train, visible
+from .commands import UsageError, ask, compare, demo, eval, report, sr2se, train, visible
 
 
-COMMANDS = (train, ask, report, demo, sr2se)  # in the order of `evolmm --help`
+COMMANDS = (train, eval, compare, ask, report, demo, sr2se)  # in the order of `evolmm --help`
 
 _DESCRIPTION = "Train vision-language models from images nobody labelled, and see whether it worked."
 _EPILOG = """\

@@ -31,7 +31,7 @@ from .processing import HUB_KWARGS, load_processor
 logger = logging.getLogger(__name__)
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_PLACES = ("", "solver")  # this package's layout and the authors'
+_PLACES = {"solver": ("", "solver"), "proposer": ("proposer",)}  # this package's layout, then the authors'
 
 
 def load_solver(base: str, adapter: str | None = None, **kwargs):
@@ -62,10 +62,15 @@ def load_solver(base: str, adapter: str | None = None, **kwargs):
     >>> model, processor = load_solver("Qwen/Qwen2.5-VL-7B-Instruct", "charts-evolmm", device_map="auto")
     ```
     """
+    return load_role(base, adapter, "solver", **kwargs)
+
+
+def load_role(base: str, adapter: str | None, role: str, **kwargs):
+    """As [`load_solver`], for either `role`, `"solver"` or `"proposer"`."""
     folder = None
     if adapter is not None:
         hub = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
-        folder = _solver_folder(adapter, **hub)
+        folder = _role_folder(adapter, role, **hub)
         trained_on = _check_config(folder)
         if trained_on is not None and Path(trained_on).name != Path(base).name:
             logger.warning("%s was trained on %s and is loaded on %s.", adapter, trained_on, base)
@@ -145,11 +150,11 @@ def merge_solver(base: str, adapter: str, output_dir: str, **kwargs) -> None:
     processor.save_pretrained(output_dir)
 
 
-def _solver_folder(adapter: str, **kwargs) -> Path:
-    """The local folder of the solver's adapter. Of a repository nothing but the adapter's two files is downloaded."""
-    root = Path(adapter)
+def _role_folder(adapter: str, role: str, **kwargs) -> Path:
+    """The local folder of a role's adapter. Of a repository nothing but the adapter's two files is downloaded."""
+    root, places = Path(adapter), _PLACES[role]
     if not root.is_dir():
-        wanted = [f"{place}/{name}".lstrip("/") for place in _PLACES for name in _ADAPTER_FILES]
+        wanted = [f"{place}/{name}".lstrip("/") for place in places for name in _ADAPTER_FILES]
         try:
             root = Path(snapshot_download(adapter, allow_patterns=wanted, **kwargs))
         except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
@@ -157,15 +162,20 @@ def _solver_folder(adapter: str, **kwargs) -> Path:
                 f"{adapter} is neither a folder nor a repository on the Hub that can be read. For a private repository, "
                 "pass `token` or log in with `hf auth login`."
             ) from error
-    folder = next((root / place for place in _PLACES if (root / place / _ADAPTER_FILES[0]).is_file()), root)
+    found = (root / place for place in places if (root / place / _ADAPTER_FILES[0]).is_file())
+    folder = next(found, root / places[0])
     missing = [name for name in _ADAPTER_FILES if not (folder / name).is_file()]
     if missing:
         raise ValueError(
-            f"{adapter} holds no solver that can be loaded: {' and '.join(missing)} missing. Expected "
-            f"{' and '.join(_ADAPTER_FILES)} in its root or in its subfolder 'solver'. Weights in adapter_model.bin are a "
+            f"{adapter} holds no {role} that can be loaded: {' and '.join(missing)} missing. Expected "
+            f"{' and '.join(_ADAPTER_FILES)} in its {' or its '.join(map(_place_name, places))}. Weights in adapter_model.bin are a "
             "pickle, which can run code when it is loaded, and are never loaded: have them saved as safetensors."
         )
     return folder
+
+
+def _place_name(place: str) -> str:
+    return f"subfolder {place!r}" if place else "root"
 
 
 def _check_config(folder: Path) -> str | None:

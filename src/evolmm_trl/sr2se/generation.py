@@ -71,7 +71,7 @@ def generate(
     model,
     processor,
     conversations: Sequence[list[dict]],
-    images: Sequence[Image.Image] | None = None,
+    images: "Sequence[Image.Image | Sequence[Image.Image]] | None" = None,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -93,8 +93,9 @@ def generate(
             Its processor.
         conversations (`Sequence[list[dict]]`):
             As [`~evolmm_trl.prompts.user_message`] makes them.
-        images (`Sequence[PIL.Image.Image]`, *optional*):
-            One per conversation; without it the conversations have no place for an image.
+        images (`Sequence[PIL.Image.Image]` or `Sequence[Sequence[PIL.Image.Image]]`, *optional*):
+            One per conversation, or a list for each, as many as it has places for; without it the conversations have no
+            place for an image.
         max_new_tokens (`int`):
             Longest completion, in tokens.
         temperature (`float`, *optional*, defaults to `0.0`):
@@ -113,7 +114,7 @@ def generate(
     """
     if images is not None and len(images) != len(conversations):
         raise ValueError(
-            f"Got {len(conversations)} conversations and {len(images)} images; expected one image for each."
+            f"Got {len(conversations)} conversations and {len(images)} images; expected one entry for each."
         )
     if temperature == 0 and samples > 1:
         raise ValueError(
@@ -144,7 +145,7 @@ def generate(
             texts = processor.apply_chat_template(conversations[rows], add_generation_prompt=True)
             inputs = processor(
                 text=texts,
-                images=[[image] for image in images[rows]] if images is not None else None,
+                images=None if images is None else [[i] if isinstance(i, Image.Image) else i for i in images[rows]],
                 padding=True,
                 padding_side="left",
                 return_tensors="pt",
