@@ -33,6 +33,8 @@ from pathlib import Path
 from PIL import Image
 from transformers import GenerationConfig
 
+from .generation import why_not_generated_shared
+
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +48,8 @@ _SHORT_ANSWER = 4 * 1024 * 1024
 # Put into every adapter folder; only folders that hold it are deleted
 _MARK = ".evolmm_trl_adapter"
 _IMAGES_REMEMBERED = 100_000
-# For a while these say nothing about the request
-_UNAVAILABLE = {429, 502, 503, 504}
+# What a proxy or a busy server says, and not about the request
+_UNAVAILABLE = (429, 502, 503, 504)
 
 
 @dataclass(frozen=True)
@@ -120,22 +122,22 @@ class VLLMServers:
     One or several vLLM servers with the same base model.
 
     An image's requests go to one server, so that they share its caches; images are spread over the servers. A server that
-    dies is waited for and gets the adapters again, its requests are sent again, or go to another server meanwhile. May be
-    used from several threads.
+    dies is waited for and gets the adapters again; its requests go to another server, or are sent again when it is back. May
+    be used from several threads.
 
     On several processes the main one calls [`~VLLMServers.start`] and [`~VLLMServers.swap`], and the others take over its
-    [`~VLLMServers.adapters`].
+    `adapters`.
 
     Args:
         urls (`Sequence[str]`):
-            Addresses, such as `"http://localhost:8000"`. With `VLLM_API_KEY` in the environment, as of the servers, it is
+            Addresses, such as `"http://localhost:8000"`. A `VLLM_API_KEY` in the environment, as the servers have it, is
             sent to them.
         image_token_id (`int`):
-            The token that stands for image patches in a prompt.
+            The token that stands for the image in a prompt, as often as it has patches.
         adapter_dir (`str` or `Path`):
             Folder for the adapters, which the servers must be able to read under the same path.
         start_timeout (`float`, *optional*, defaults to `240.0`):
-            Seconds to wait for a server that is starting, or has died.
+            Seconds to wait for a server that is starting or has died.
         request_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds that one request may take before it is sent again, to another server if there is one.
         max_in_flight (`int`, *optional*, defaults to `64`):
@@ -146,6 +148,9 @@ class VLLMServers:
             The current adapter of each role.
         swap_seconds (`dict[str, list[float]]`):
             How long the swaps of each role took, saving included.
+        faults (`Counter`):
+            How often a server has died (`"deaths"`), and requests were sent again for that (`"repeated"`) or for being too
+            slow (`"slow"`).
 
     Raises:
         `ValueError`: if an address is not one.
@@ -161,36 +166,121 @@ class VLLMServers:
         request_timeout: float = 600.0,
         max_in_flight: int = 64,
     ):
-        raise NotImplementedError
+        if isinstance(urls, str) or not urls or len(set(urls)) != len(urls):
+            raise ValueError(
+                f"`urls` is {urls!r}; expected a list of different addresses, such as 'http://localhost:8000'."
+            )
+        self._servers = [_Server(url) for url in urls]
+        self.image_token_id = image_token_id
+        self.adapter_dir = Path(adapter_dir).absolute()
+        self.start_timeout = start_timeout
+        self.request_timeout = request_timeout
+        self.adapters: dict[str, ServedAdapter] = {}
+        self.swap_seconds: defaultdict[str, list[float]] = defaultdict(list)
+        self.faults: Counter[str] = Counter()
+        self._run = uuid.uuid4().hex[:8]  # two runs may share a server
+        self._versions: Counter[str] = Counter()
+        self._made: list[ServedAdapter] = []  # by this client, and not yet deleted
+        self._in_flight: Counter[str] = Counter()
+        self._places: OrderedDict[bytes, _Server] = OrderedDict()
+        self._changed = threading.Condition()  # guards what is above and the servers' states
+        self._closing = threading.Event()
+        self._pool = ThreadPoolExecutor(max_in_flight * len(self._servers), thread_name_prefix="vllm")
+
+    def __enter__(self) -> "VLLMServers":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Starting
 
     def start(self, model_id: str) -> None:
         """
         Waits until all servers are up and checks that they can be used: token ids in and out, adapters loaded at run time,
-        the expected base model. Removes what a run that was killed has left in `adapter_dir`. Whether adapters are enabled
-        and of what rank is said by the first [`~VLLMServers.swap`].
+        the base model. Unloads and deletes what a run that was killed has left in `adapter_dir`. Whether a server takes
+        adapters, and of this rank, is said by the first [`~VLLMServers.swap`].
 
         Args:
             model_id (`str`):
                 Id or path of the base model.
 
         Raises:
-            `VLLMError`: if a server is not up in `start_timeout`, or lacks something.
+            `VLLMError`: if a server is not up within `start_timeout`, or lacks something.
         """
-        raise NotImplementedError
+        for server in self._servers:
+            reason = self._why_not_healthy(server)
+            if reason is not None:
+                self._set_down(server, reason)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closing.is_set() or all(server.up for server in self._servers), self.start_timeout
+            )
+            missing = [f"{server.url} ({server.reason})" for server in self._servers if not server.up]
+        if missing:
+            raise VLLMError(
+                f"No vLLM server answers at {', '.join(missing)} after {self.start_timeout:.0f} s. Start it with `vllm serve`, "
+                "see docs/vllm.md, or raise the time to wait for it."
+            )
+        for server in self._servers:
+            self._check(server, model_id)
+        self._remove_leftovers()
 
-    def swap(self, role: str, save: Callable[[Path], None], retire: bool = True) -> float:
+    def _check(self, server: "_Server", model_id: str) -> None:
+        """Raises a `VLLMError` if a server does not offer what is needed."""
+        status, text = self._call(server, "POST", "/v1/unload_lora_adapter", {"lora_name": f"{self._run}-none"})
+        if status == 404 and not _is_of_vllm(text):
+            raise VLLMError(
+                f"The vLLM server at {server.url} loads no adapters at run time ({_shown(text)}). Start it with "
+                "--enable-lora and the environment variable VLLM_ALLOW_RUNTIME_LORA_UPDATING=True."
+            )
+        if status == 401:
+            raise VLLMError(
+                f"The vLLM server at {server.url} asks for a key ({_shown(text)}). Set VLLM_API_KEY in the environment of "
+                "the training to the server's."
+            )
+        body = {"model": f"{self._run}-none", "token_ids": [0], "sampling_params": {"max_tokens": 1}}
+        status, text = self._call(server, "POST", _GENERATE, body)
+        if status in (403, 404, 405) and not (status == 404 and _is_of_vllm(text)):
+            raise VLLMError(
+                f"The vLLM server at {server.url} takes no token ids ({_shown(text)}). Start it with --enable-scale-out, of "
+                "vLLM 0.32 or newer."
+            )
+        names = {
+            str(card.get(key)) for card in self._models(server) if not card.get("parent") for key in ("id", "root")
+        }
+        if model_id not in names and not {os.path.realpath(name) for name in names} & {os.path.realpath(model_id)}:
+            logger.warning(
+                "The vLLM server at %s serves %s, and the trained model is %s. If these are not the same weights, the "
+                "log-probs will differ.",
+                server.url,
+                " or ".join(sorted(names)),
+                model_id,
+            )
+
+    def _remove_leftovers(self) -> None:
+        """Unloads and deletes the adapters of a run that was killed."""
+        if not self.adapter_dir.is_dir():
+            return
+        current = {adapter.folder for adapter in self.adapters.values()}
+        for folder in sorted(self.adapter_dir.iterdir()):
+            if str(folder) not in current and _is_ours(folder):
+                self._remove(ServedAdapter(folder.name, str(folder)))
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Adapters
+
+    def swap(self, role: str, save: Callable[[Path], None]) -> float:
         """
-        Makes every server answer this role's later requests with a new version of its adapter. Requests in flight are
-        completed by the version they were submitted under.
+        Makes every server answer this role's later requests with a new version of its adapter; the version before is
+        unloaded and deleted. No request of this role may be in flight, on any process.
 
         Args:
             role (`str`):
                 Whose adapter it is.
             save (`Callable[[Path], None]`):
                 Writes `adapter_config.json` and `adapter_model.safetensors` into an empty folder.
-            retire (`bool`, *optional*, defaults to `True`):
-                Whether to unload and delete the version before as soon as no request of this process needs it. With
-                `False` it stays until [`~VLLMServers.retire`], for requests of other processes.
 
         Returns:
             `float`: seconds it took.
@@ -198,15 +288,108 @@ class VLLMServers:
         Raises:
             `VLLMError`: if a server refuses the adapter, as of a rank above its `--max-lora-rank`.
         """
-        raise NotImplementedError
+        begin = time.perf_counter()
+        with self._changed:
+            if self._in_flight[role]:
+                raise RuntimeError(
+                    f"{self._in_flight[role]} requests of the {role} are in flight, and its adapter cannot be swapped "
+                    "under them. Wait for their results first."
+                )
+            self._versions[role] += 1
+            # Always a new name and a new folder: under the old ones a server answers from blocks of its prefix cache that
+            # the old weights have filled, and with `load_inplace` it reads the folder at every step ever after
+            name = f"evolmm-{role}-{self._run}-v{self._versions[role]}"
+        adapter = ServedAdapter(name, str(self.adapter_dir / name))
+        folder = Path(adapter.folder)
+        folder.mkdir(parents=True)
+        (folder / _MARK).touch()
+        self._made.append(adapter)
+        save(folder)
+        missing = [
+            file for file in ("adapter_config.json", "adapter_model.safetensors") if not (folder / file).is_file()
+        ]
+        if missing:
+            raise ValueError(f"`save` has not written {' and '.join(missing)} into the folder it was given.")
+        self._on_all(lambda server: self._load(server, adapter))
+        with self._changed:
+            before = self.adapters.get(role)
+            self.adapters[role] = adapter
+        if before is not None:
+            self._remove(before)
+        seconds = time.perf_counter() - begin
+        self.swap_seconds[role].append(seconds)
+        return seconds
 
-    def retire(self) -> None:
-        """Unloads and deletes all versions but the current ones, as soon as no request of this process needs them."""
-        raise NotImplementedError
+    def _on_all(self, action: Callable[["_Server"], None]) -> None:
+        """Does something to every server that is up; one that is down gets its adapters when it is back."""
+        while True:
+            with self._changed:
+                up = [server for server in self._servers if server.up]
+            for server in up:
+                try:
+                    action(server)
+                except _Gone as error:
+                    self._set_down(server, str(error))
+                    up = [other for other in up if other is not server]
+            if up:
+                return
+            self._wait_for_any()
+
+    def _load(self, server: "_Server", adapter: ServedAdapter) -> None:
+        """Loads an adapter into a server that does not have it, and looks once whether its log-probs are what is sampled."""
+        with server.loading:
+            if adapter.name in server.loaded:
+                return
+            body = {"lora_name": adapter.name, "lora_path": adapter.folder}
+            status, text = self._call(server, "POST", "/v1/load_lora_adapter", body, self.start_timeout)
+            # A server that was only out of reach has it still, and another process may have been faster
+            if status != 200 and adapter.name not in {card.get("id") for card in self._models(server)}:
+                raise VLLMError(
+                    f"The vLLM server at {server.url} does not load the adapter {adapter.folder}: {_shown(text)}. It must "
+                    "be started with --enable-lora, with a --max-lora-rank of at least the adapter's rank, and be able to "
+                    "read this folder under this path."
+                )
+            if not server.checked:
+                self._check_logps(server, adapter)
+                server.checked = True
+            server.loaded.add(adapter.name)
+
+    def _check_logps(self, server: "_Server", adapter: ServedAdapter) -> None:
+        """Raises a `VLLMError` unless the only token that is allowed has the log-prob 0."""
+        sampling = {"max_tokens": 1, "temperature": 1.0, "allowed_token_ids": [0], "logprobs": 0, "ignore_eos": True}
+        body = {"model": adapter.name, "token_ids": [0], "sampling_params": sampling}
+        status, text = self._call(server, "POST", _GENERATE, body, self.request_timeout)
+        if status != 200:
+            raise VLLMError(f"The vLLM server at {server.url} answers {status} to a first request: {_shown(text)}.")
+        (completion,) = _completions(server, text, 1)
+        if completion.logps != [0.0]:
+            raise VLLMError(
+                f"The vLLM server at {server.url} gives the log-prob {completion.logps[0]:.3f} to a token without "
+                "alternative: it returns log-probs from before temperature and suppressed tokens. Start it with "
+                "--logprobs-mode processed_logprobs."
+            )
+
+    def _remove(self, adapter: ServedAdapter) -> None:
+        """Unloads an adapter on all servers, then deletes its folder: a server that still knows it may read it again."""
+        for server in self._servers:
+            server.loaded.discard(adapter.name)
+            try:
+                status, text = self._call(server, "POST", "/v1/unload_lora_adapter", {"lora_name": adapter.name})
+            except _Gone:
+                continue  # it will come back without adapters
+            if status not in (200, 404):
+                raise VLLMError(f"The vLLM server at {server.url} does not unload {adapter.name}: {_shown(text)}.")
+        self._made = [made for made in self._made if made != adapter]
+        folder = Path(adapter.folder)
+        if folder.parent == self.adapter_dir and _is_ours(folder):
+            shutil.rmtree(folder)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Requests
 
     def submit(self, request: VLLMRequest) -> "Future[list[VLLMCompletion]]":
         """
-        Sends a request, under the role's current adapter.
+        Sends a request, to be answered by the role's current adapter.
 
         Args:
             request ([`VLLMRequest`]):
@@ -216,15 +399,315 @@ class VLLMServers:
             `Future[list[VLLMCompletion]]`: one completion per sample. It raises a [`VLLMError`] if the server refuses the
             request, or reads the prompt otherwise than the processor does.
         """
-        raise NotImplementedError
+        body = self._body(request)
+        with self._changed:
+            adapter = self.adapters.get(request.role)
+            if adapter is None:
+                raise ValueError(f"The {request.role} has no adapter on the servers; call `swap` first.")
+            self._in_flight[request.role] += 1
+        try:
+            future = self._pool.submit(self._complete, request, adapter, json.dumps({**body, "model": adapter.name}))
+        except RuntimeError:  # the pool is closed
+            self._has_landed(request.role)
+            raise
+        # Before its result is handed on, so that who has all results may swap
+        future.add_done_callback(lambda done: self._has_landed(request.role) if done.cancelled() else None)
+        return future
 
     def generate(self, requests: Sequence[VLLMRequest]) -> list[list[VLLMCompletion]]:
         """The completions of several requests, in their order; all of them are in flight together."""
-        raise NotImplementedError
+        return [future.result() for future in [self.submit(request) for request in requests]]
+
+    def _has_landed(self, role: str) -> None:
+        with self._changed:
+            self._in_flight[role] -= 1
+
+    def _body(self, request: VLLMRequest) -> dict:
+        """A request in the server's terms, without its adapter."""
+        config = request.config
+        reason = why_not_generated_shared(config)
+        if reason is not None:
+            raise ValueError(f"A vLLM server cannot be asked for this: {reason}.")
+        if self.image_token_id not in request.prompt_ids:
+            raise ValueError(f"The prompt has no image token ({self.image_token_id}).")
+        if request.samples < 1 or (request.seed is None and request.samples > 1):
+            raise ValueError(f"samples={request.samples}; expected 1 or more, and 1 for greedy decoding (seed=None).")
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        sampling = {
+            "n": request.samples,
+            "max_tokens": config.max_new_tokens,
+            "temperature": 0.0 if request.seed is None else 1.0 if config.temperature is None else config.temperature,
+            "top_p": 1.0 if config.top_p is None else config.top_p,
+            "top_k": config.top_k or 0,
+            "min_p": config.min_p or 0.0,
+            "repetition_penalty": 1.0 if config.repetition_penalty is None else config.repetition_penalty,
+            "logit_bias": {str(token): -100.0 for token in config.suppress_tokens or ()},
+            # These alone, whatever the server's generation config says
+            "stop_token_ids": [token for token in ends if token is not None],
+            "ignore_eos": True,
+            "logprobs": 0,
+            "detokenize": False,
+        }
+        if request.seed is not None:
+            sampling["seed"] = request.seed % 2**62  # the server adds the sample's number, in 64 bits
+        return {
+            "token_ids": one_image_token(request.prompt_ids, self.image_token_id),
+            "content_parts": [{"type": "image_url", "url": request.image}],
+            "return_token_ids": True,
+            "sampling_params": sampling,
+        }
+
+    def _complete(self, request: VLLMRequest, adapter: ServedAdapter, body: str) -> list[VLLMCompletion]:
+        """Sends a request until it is answered or refused."""
+        try:
+            image = hashlib.blake2b(request.image.encode(), digest_size=16).digest()
+            slow: list[_Server] = []
+            deaths = 0
+            while True:
+                server = self._choose(image, slow)
+                try:
+                    self._load(server, adapter)
+                    return self._send(server, request, adapter, body)
+                except _Gone as error:
+                    self._set_down(server, str(error))
+                    deaths += 1
+                    self.faults["repeated"] += 1
+                    if deaths == _MOST_DEATHS:
+                        raise VLLMError(
+                            f"A request was sent {deaths} times, and each time the vLLM server was gone or broke down, last "
+                            f"{server.url}: {error}."
+                        ) from error
+                except TimeoutError:
+                    slow.append(server)
+                    self.faults["slow"] += 1
+                    if len(slow) > len(self._servers):
+                        raise VLLMError(
+                            f"A request for {request.samples} completions of at most {request.config.max_new_tokens} tokens "
+                            f"took more than {self.request_timeout:.0f} s, {len(slow)} times, last on {server.url}. Raise "
+                            "the time-out, or add servers."
+                        ) from None
+                    logger.warning(
+                        "The vLLM server at %s has not answered in %.0f s; the request is sent again.",
+                        server.url,
+                        self.request_timeout,
+                    )
+                finally:
+                    with self._changed:
+                        server.in_flight -= 1
+        finally:
+            self._has_landed(request.role)
+
+    def _choose(self, image: bytes, slow: Sequence["_Server"]) -> "_Server":
+        """The server of this image; for an image not seen before the one with the fewest requests."""
+        while True:
+            with self._changed:
+                up = [server for server in self._servers if server.up]
+                up = [server for server in up if server not in slow] or up
+                if up:
+                    server = self._places.get(image)
+                    if server not in up:
+                        server = min(up, key=lambda candidate: candidate.in_flight)
+                    self._places[image] = server
+                    self._places.move_to_end(image)
+                    if len(self._places) > _IMAGES_REMEMBERED:
+                        self._places.popitem(last=False)
+                    server.in_flight += 1
+                    return server
+            self._wait_for_any()
+
+    def _send(
+        self, server: "_Server", request: VLLMRequest, adapter: ServedAdapter, body: str
+    ) -> list[VLLMCompletion]:
+        tokens = len(request.prompt_ids) + request.samples * request.config.max_new_tokens
+        limit = _SHORT_ANSWER + 512 * tokens
+        status, text = self._call(server, "POST", _GENERATE, body, self.request_timeout, limit)
+        if status == 404 and adapter.name not in {card.get("id") for card in self._models(server)}:
+            # It was started anew between two requests
+            raise _Gone(f"it knows no adapter {adapter.name}")
+        if status in _UNAVAILABLE:
+            raise _Gone(f"status {status}, {_shown(text)}")
+        if status >= 500:
+            time.sleep(1.0)  # a server whose engine has died says so a moment later
+            if self._why_not_healthy(server) is not None:
+                raise _Gone(f"status {status}, {_shown(text)}")
+        if status != 200:
+            raise VLLMError(f"The vLLM server at {server.url} answers {status} to a request: {_shown(text)}.")
+        answer = _json(server, text)
+        self._check_prompt(server, request, answer.get("prompt_token_ids"))
+        completions = _completions(server, text, request.samples)
+        if any(len(completion.ids) > request.config.max_new_tokens for completion in completions):
+            raise VLLMError(f"The vLLM server at {server.url} answers with more tokens than it was asked for.")
+        return completions
+
+    def _check_prompt(self, server: "_Server", request: VLLMRequest, read: list[int] | None) -> None:
+        expected = list(request.prompt_ids)
+        if read != expected:
+            read = read or []
+            own, other = (ids.count(self.image_token_id) for ids in (expected, read))
+            raise VLLMError(
+                f"The vLLM server at {server.url} reads a prompt as {len(read)} tokens, {other} of them of the image, and "
+                f"the processor here as {len(expected)} tokens, {own} of them of the image. Serve the same checkpoint, with "
+                "the processor's own limits of image size (`--mm-processor-kwargs`)."
+            )
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Servers that come and go
+
+    def _set_down(self, server: "_Server", reason: str) -> None:
+        """Sends no more requests to a server until it is healthy again."""
+        with self._changed:
+            server.reason = reason
+            if not server.up or self._closing.is_set():
+                return
+            server.up = False
+            server.down_since = time.monotonic()
+            server.loaded.clear()
+            server.checked = False
+        threading.Thread(target=self._watch, args=(server,), daemon=True, name=f"watch {server.url}").start()
+
+    def _watch(self, server: "_Server") -> None:
+        """Looks at a server that is down until it is up."""
+        next_line = server.down_since
+        while not self._closing.wait(_POLL):
+            reason = self._why_not_healthy(server)
+            if reason is None:
+                break
+            seconds = time.monotonic() - server.down_since
+            if time.monotonic() >= next_line:
+                logger.warning(
+                    "Waiting for the vLLM server at %s: %.0f of %.0f s (%s)",
+                    server.url,
+                    seconds,
+                    self.start_timeout,
+                    server.reason,
+                )
+                next_line += _PROGRESS
+        else:
+            return
+        with self._changed:
+            server.up = True
+            self._changed.notify_all()
+        logger.warning("The vLLM server at %s is up.", server.url)
+
+    def _wait_for_any(self) -> None:
+        """Waits until a server is up."""
+        with self._changed:
+            since = min(server.down_since for server in self._servers)
+            remaining = since + self.start_timeout - time.monotonic()
+            some_up = self._changed.wait_for(
+                lambda: self._closing.is_set() or any(server.up for server in self._servers), max(remaining, 0)
+            )
+            reasons = "; ".join(f"{server.url}: {server.reason}" for server in self._servers)
+        if self._closing.is_set():
+            raise VLLMError("The servers are closed.")
+        if not some_up:
+            raise VLLMError(f"No vLLM server has come back in {self.start_timeout:.0f} s. {reasons}.")
+
+    def _why_not_healthy(self, server: "_Server") -> str | None:
+        try:
+            status, text = self._call(server, "GET", "/health", timeout=5.0)
+        except _Gone as error:
+            return str(error)
+        except TimeoutError:
+            return "no answer in 5 s"
+        return None if status == 200 else f"status {status} of /health, {_shown(text)}"
+
+    def _models(self, server: "_Server") -> list[dict]:
+        """The cards of the base model and of the adapters."""
+        status, text = self._call(server, "GET", "/v1/models")
+        cards = _json(server, text).get("data") if status == 200 else None
+        if not isinstance(cards, list) or not all(isinstance(card, dict) for card in cards):
+            raise VLLMError(f"The server at {server.url} is no vLLM server: it answers {_shown(text)} to /v1/models.")
+        return cards
+
+    def _call(
+        self,
+        server: "_Server",
+        method: str,
+        path: str,
+        body: dict | str | None = None,
+        timeout: float = 60.0,
+        limit: int = _SHORT_ANSWER,
+    ) -> tuple[int, str]:
+        """Status and text of an answer. Raises [`_Gone`] without one, and `TimeoutError`."""
+        end = time.monotonic() + timeout
+        connection = server.connection(timeout)
+        with self._changed:
+            server.connections.add(connection)
+        try:
+            connection.request(method, server.path + path, body=_encoded(body), headers=server.headers)
+            answer = connection.getresponse()
+            chunks, size = [], 0
+            while chunk := answer.read1(2**16):
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > limit:
+                    raise VLLMError(f"The server at {server.url} answers {path} with more than {limit} bytes.")
+                if time.monotonic() > end:
+                    raise TimeoutError
+            return answer.status, b"".join(chunks).decode("utf-8", "replace")
+        except TimeoutError:
+            if self._closing.is_set():
+                raise _Gone("closed") from None
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            raise _Gone(f"{type(error).__name__}: {error}") from error
+        finally:
+            connection.close()
+            with self._changed:
+                server.connections.discard(connection)
 
     def close(self) -> None:
-        """Gives up what is in flight, unloads this run's adapters and deletes their folders."""
-        raise NotImplementedError
+        """Gives up what is in flight, unloads this client's adapters and deletes their folders."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        with self._changed:
+            self._changed.notify_all()
+            sockets = [c.sock for server in self._servers for c in server.connections if c.sock is not None]
+        for sock in sockets:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for adapter in list(self._made):
+            try:
+                self._remove(adapter)
+            except (VLLMError, TimeoutError) as error:
+                logger.warning("%s stays where it is: %s", adapter.folder, error)
+
+
+class _Gone(Exception):
+    """A server gives no answer, or none that is about the request."""
+
+
+class _Server:
+    """One server, and what is known of it."""
+
+    def __init__(self, url: str):
+        parts = urlsplit(url)
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.query
+            or parts.fragment
+            or parts.username
+        ):
+            raise ValueError(f"{url!r} is not the address of a server; expected one such as 'http://localhost:8000'.")
+        self.url = url
+        self.path = parts.path.rstrip("/").removesuffix("/v1")
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self.connection = lambda timeout: kind(parts.hostname, parts.port, timeout=timeout)
+        self.headers = {"Content-Type": "application/json"}
+        if os.environ.get("VLLM_API_KEY"):
+            self.headers["Authorization"] = f"Bearer {os.environ['VLLM_API_KEY']}"
+        self.up = True  # until a request fails
+        self.reason = ""
+        self.down_since = 0.0
+        self.in_flight = 0
+        self.connections: set[http.client.HTTPConnection] = set()
+        self.loading = threading.RLock()
+        self.loaded: set[str] = set()
+        self.checked = False
 
 
 def image_url(image: Image.Image) -> str:
@@ -238,4 +721,90 @@ def image_url(image: Image.Image) -> str:
     Returns:
         `str`: a PNG as a `data:` URL.
     """
-    raise NotImplementedError
+    file = io.BytesIO()
+    image.convert("RGB").save(file, format="PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def one_image_token(prompt_ids: Sequence[int], image_token_id: int) -> list[int]:
+    """
+    A prompt with one token per image, which the server repeats as often as the image needs; it would repeat each of several.
+
+    Args:
+        prompt_ids (`Sequence[int]`):
+            Token ids, of shape (prompt length,).
+        image_token_id (`int`):
+            The token that stands for an image.
+
+    Returns:
+        `list[int]`
+    """
+    return [
+        int(token)
+        for i, token in enumerate(prompt_ids)
+        if token != image_token_id or i == 0 or prompt_ids[i - 1] != image_token_id
+    ]
+
+
+def _is_ours(folder: Path) -> bool:
+    return not folder.is_symlink() and folder.is_dir() and (folder / _MARK).is_file()
+
+
+def _encoded(body: dict | str | None) -> bytes | None:
+    if body is None:
+        return None
+    return (body if isinstance(body, str) else json.dumps(body)).encode()
+
+
+def _shown(text: str) -> str:
+    """The message of an error of vLLM's, or the beginning of whatever it is, on one line."""
+    try:
+        answer = json.loads(text)
+        message = answer["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = text
+    message = " ".join(str(message).split())
+    return repr(message if len(message) <= 1000 else message[:1000] + "...")
+
+
+def _is_of_vllm(text: str) -> bool:
+    """Whether an error comes from a handler of vLLM, not from the web framework, which knows no such address."""
+    try:
+        return isinstance(json.loads(text)["error"]["message"], str)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _json(server: _Server, text: str) -> dict:
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise VLLMError(f"The server at {server.url} is no vLLM server: it answers {_shown(text)}.")
+    return answer
+
+
+def _completions(server: _Server, text: str, samples: int) -> list[VLLMCompletion]:
+    """The completions in an answer, in the order of their seeds."""
+    try:
+        choices = sorted(_json(server, text)["choices"], key=lambda choice: choice["index"])
+        if any(choice["finish_reason"] == "abort" for choice in choices):
+            raise _Gone("it has aborted the request")
+        completions = []
+        for choice in choices:
+            ids = [int(token) for token in choice["token_ids"]]
+            content = choice["logprobs"]["content"]
+            if not ids or [entry["token_id"] for entry in content] != ids:
+                raise ValueError("token ids and log-probs do not go together")
+            completions.append(VLLMCompletion(ids, [float(entry["logprob"]) for entry in content]))
+        if [choice["index"] for choice in choices] != list(range(samples)):
+            raise ValueError(f"{len(choices)} completions for {samples} samples")
+        if any(not math.isfinite(logp) or logp > 1e-3 for c in completions for logp in c.logps):
+            raise ValueError("a log-prob that is none")
+    except (KeyError, TypeError, ValueError) as error:
+        raise VLLMError(
+            f"The vLLM server at {server.url} answers in a form that is not known here ({type(error).__name__}: {error}): "
+            f"{_shown(text)}. Use vLLM 0.32 or a newer one that is tested."
+        ) from error
+    return completions
