@@ -24,11 +24,26 @@ Sampling from vLLM servers that hold the frozen base model and the roles' LoRA a
 Plain HTTP: vLLM is in an environment of its own. `docs/vllm.md` says how to start a server.
 """
 
+import base64
+import hashlib
+import http.client
+import io
+import json
 import logging
+import math
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from PIL import Image
 from transformers import GenerationConfig
