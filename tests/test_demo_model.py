@@ -27,6 +27,7 @@ from charts import Question, chart, labelled_questions, parse_question, sample_q
 from datasets import Dataset
 from PIL import Image
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from widen import widen
 
 from evolmm_trl import EvoLMMTrainer
 from evolmm_trl.processing import load_processor, processor_class
@@ -219,3 +220,16 @@ def test_the_check_with_labelled_questions_warns_where_the_vote_of_five_has_noth
     with caplog.at_level(logging.WARNING, logger="evolmm_trl.trainer"):
         trainer.evaluate()
     assert ("not measurably ahead" in caplog.text) != ahead
+
+
+def test_wider_heads_compute_the_same(room, tmp_path):
+    narrow, processor = room
+    wide, _ = demo.load_model(widen(DEMO / "models" / "room", tmp_path / "wide"))
+    assert wide.config.text_config.hidden_size // wide.config.text_config.num_attention_heads == 32
+    rows = labelled_questions(charts.TEST_SEEDS[:2])
+    inputs = evaluate.encode(processor, [row["image"] for row in rows], [row["question"] for row in rows])
+    seen = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        logits, wider = (model(**inputs).logits[seen] for model in (narrow, wide.eval()))
+    torch.testing.assert_close(wider, logits, atol=1e-3, rtol=0)
+    assert logits.std() > 1
