@@ -45,10 +45,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import torch
 from PIL import Image
-from transformers import GenerationConfig
+from transformers import BaseImageProcessor, GenerationConfig
 
-from .generation import why_not_generated_shared
+from .generation import _end_tokens, why_not_generated_shared
 
 
 logger = logging.getLogger(__name__)
@@ -159,6 +160,8 @@ class VLLMServers:
             Requests per server at a time; the others wait here.
 
     Attributes:
+        urls (`list[str]`):
+            The addresses.
         adapters (`dict[str, ServedAdapter]`):
             The current adapter of each role.
         swap_seconds (`dict[str, list[float]]`):
@@ -185,6 +188,7 @@ class VLLMServers:
             raise ValueError(
                 f"`urls` is {urls!r}; expected a list of different addresses, such as 'http://localhost:8000'."
             )
+        self.urls = list(urls)
         self._servers = [_Server(url) for url in urls]
         self.image_token_id = image_token_id
         self.adapter_dir = Path(adapter_dir).absolute()
@@ -229,9 +233,7 @@ class VLLMServers:
             if reason is not None:
                 self._set_down(server, reason)
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._closing.is_set() or all(server.up for server in self._servers), self.start_timeout
-            )
+            self._changed.wait_for(lambda: all(server.up for server in self._servers), self.start_timeout)
             missing = [f"{server.url} ({server.reason})" for server in self._servers if not server.up]
         if missing:
             raise VLLMError(
@@ -239,7 +241,10 @@ class VLLMServers:
                 "see docs/vllm.md, or raise the time to wait for it."
             )
         for server in self._servers:
-            self._check(server, model_id)
+            try:
+                self._check(server, model_id)
+            except _Gone as error:
+                raise VLLMError(f"The vLLM server at {server.url} was up and is gone: {error}.") from error
         self._remove_leftovers()
 
     def _check(self, server: "_Server", model_id: str) -> None:
@@ -344,11 +349,12 @@ class VLLMServers:
                 try:
                     action(server)
                 except _Gone as error:
+                    self.faults["deaths"] += 1
                     self._set_down(server, str(error))
                     up = [other for other in up if other is not server]
             if up:
                 return
-            self._wait_for_any()
+            self._wait_for_any(self._servers)
 
     def _load(self, server: "_Server", adapter: ServedAdapter) -> None:
         """Loads an adapter into a server that does not have it, and looks once whether its log-probs are what is sampled."""
@@ -391,7 +397,7 @@ class VLLMServers:
             try:
                 status, text = self._call(server, "POST", "/v1/unload_lora_adapter", {"lora_name": adapter.name})
             except _Gone:
-                continue  # it will come back without adapters
+                continue  # it comes back without adapters, or with one that nobody asks for
             if status not in (200, 404):
                 raise VLLMError(f"The vLLM server at {server.url} does not unload {adapter.name}: {_shown(text)}.")
         self._made = [made for made in self._made if made != adapter]
@@ -402,30 +408,34 @@ class VLLMServers:
     # ------------------------------------------------------------------------------------------------------------
     # Requests
 
-    def submit(self, request: VLLMRequest) -> "Future[list[VLLMCompletion]]":
+    def submit(self, request: VLLMRequest, url: str | None = None) -> "Future[list[VLLMCompletion]]":
         """
         Sends a request, to be answered by the role's current adapter.
 
         Args:
             request ([`VLLMRequest`]):
                 The request.
+            url (`str`, *optional*):
+                The server to ask, one of `urls`. `None`: any.
 
         Returns:
             `Future[list[VLLMCompletion]]`: one completion per sample. It raises a [`VLLMError`] if the server refuses the
             request, or reads the prompt otherwise than the processor does.
         """
         body = self._body(request)
+        only = None if url is None else self._servers[self.urls.index(url)]
         with self._changed:
             adapter = self.adapters.get(request.role)
             if adapter is None:
                 raise ValueError(f"The {request.role} has no adapter on the servers; call `swap` first.")
             self._in_flight[request.role] += 1
         try:
-            future = self._pool.submit(self._complete, request, adapter, json.dumps({**body, "model": adapter.name}))
-        except RuntimeError:  # the pool is closed
+            text = json.dumps({**body, "model": adapter.name})
+            future = self._pool.submit(self._complete, request, adapter, text, only)
+        except RuntimeError:  # closed
             self._has_landed(request.role)
             raise
-        # Before its result is handed on, so that who has all results may swap
+        # One that is sent has landed before its result is handed on, so that who has all results may swap
         future.add_done_callback(lambda done: self._has_landed(request.role) if done.cancelled() else None)
         return future
 
@@ -447,7 +457,6 @@ class VLLMServers:
             raise ValueError(f"The prompt has no image token ({self.image_token_id}).")
         if request.samples < 1 or (request.seed is None and request.samples > 1):
             raise ValueError(f"samples={request.samples}; expected 1 or more, and 1 for greedy decoding (seed=None).")
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         sampling = {
             "n": request.samples,
             "max_tokens": config.max_new_tokens,
@@ -458,7 +467,7 @@ class VLLMServers:
             "repetition_penalty": 1.0 if config.repetition_penalty is None else config.repetition_penalty,
             "logit_bias": {str(token): -100.0 for token in config.suppress_tokens or ()},
             # These alone, whatever the server's generation config says
-            "stop_token_ids": [token for token in ends if token is not None],
+            "stop_token_ids": sorted(_end_tokens(config)),
             "ignore_eos": True,
             "logprobs": 0,
             "detokenize": False,
@@ -472,21 +481,25 @@ class VLLMServers:
             "sampling_params": sampling,
         }
 
-    def _complete(self, request: VLLMRequest, adapter: ServedAdapter, body: str) -> list[VLLMCompletion]:
+    def _complete(
+        self, request: VLLMRequest, adapter: ServedAdapter, body: str, only: "_Server | None"
+    ) -> list[VLLMCompletion]:
         """Sends a request until it is answered or refused."""
         try:
             image = hashlib.blake2b(request.image.encode(), digest_size=16).digest()
             slow: list[_Server] = []
             deaths = 0
             while True:
-                server = self._choose(image, slow)
+                server = self._choose(image, slow, only)
                 try:
                     self._load(server, adapter)
                     return self._send(server, request, adapter, body)
                 except _Gone as error:
+                    with self._changed:
+                        self.faults["deaths"] += server.up
+                        self.faults["repeated"] += 1
                     self._set_down(server, str(error))
                     deaths += 1
-                    self.faults["repeated"] += 1
                     if deaths == _MOST_DEATHS:
                         raise VLLMError(
                             f"A request was sent {deaths} times, and each time the vLLM server was gone or broke down, last "
@@ -494,8 +507,9 @@ class VLLMServers:
                         ) from error
                 except TimeoutError:
                     slow.append(server)
-                    self.faults["slow"] += 1
-                    if len(slow) > len(self._servers):
+                    with self._changed:
+                        self.faults["slow"] += 1
+                    if len(slow) > (1 if only else len(self._servers)):
                         raise VLLMError(
                             f"A request for {request.samples} completions of at most {request.config.max_new_tokens} tokens "
                             f"took more than {self.request_timeout:.0f} s, {len(slow)} times, last on {server.url}. Raise "
@@ -512,11 +526,14 @@ class VLLMServers:
         finally:
             self._has_landed(request.role)
 
-    def _choose(self, image: bytes, slow: Sequence["_Server"]) -> "_Server":
+    def _choose(self, image: bytes, slow: Sequence["_Server"], only: "_Server | None") -> "_Server":
         """The server of this image; for an image not seen before the one with the fewest requests."""
+        candidates = self._servers if only is None else [only]
         while True:
+            if self._closing.is_set():
+                raise VLLMError("The client of the vLLM servers was closed.")
             with self._changed:
-                up = [server for server in self._servers if server.up]
+                up = [server for server in candidates if server.up]
                 up = [server for server in up if server not in slow] or up
                 if up:
                     server = self._places.get(image)
@@ -528,7 +545,7 @@ class VLLMServers:
                         self._places.popitem(last=False)
                     server.in_flight += 1
                     return server
-            self._wait_for_any()
+            self._wait_for_any(candidates)
 
     def _send(
         self, server: "_Server", request: VLLMRequest, adapter: ServedAdapter, body: str
@@ -550,8 +567,15 @@ class VLLMServers:
         answer = _json(server, text)
         self._check_prompt(server, request, answer.get("prompt_token_ids"))
         completions = _completions(server, text, request.samples)
-        if any(len(completion.ids) > request.config.max_new_tokens for completion in completions):
-            raise VLLMError(f"The vLLM server at {server.url} answers with more tokens than it was asked for.")
+        ends = _end_tokens(request.config)
+        for completion in completions:
+            length, longest = len(completion.ids), request.config.max_new_tokens
+            if length > longest or (length < longest and completion.ids[-1] not in ends):
+                raise VLLMError(
+                    f"The vLLM server at {server.url} ends a completion of at most {longest} tokens after {length}, without "
+                    f"an end token. Its --max-model-len must hold a prompt, here of {len(request.prompt_ids)} tokens, and "
+                    "a completion."
+                )
         return completions
 
     def _check_prompt(self, server: "_Server", request: VLLMRequest, read: list[int] | None) -> None:
@@ -604,17 +628,15 @@ class VLLMServers:
             self._changed.notify_all()
         logger.warning("The vLLM server at %s is up.", server.url)
 
-    def _wait_for_any(self) -> None:
-        """Waits until a server is up."""
+    def _wait_for_any(self, servers: Sequence["_Server"]) -> None:
+        """Waits until one of these is up."""
         with self._changed:
-            since = min(server.down_since for server in self._servers)
+            since = max(server.down_since for server in servers)
             remaining = since + self.start_timeout - time.monotonic()
             some_up = self._changed.wait_for(
-                lambda: self._closing.is_set() or any(server.up for server in self._servers), max(remaining, 0)
+                lambda: self._closing.is_set() or any(server.up for server in servers), max(remaining, 0)
             )
-            reasons = "; ".join(f"{server.url}: {server.reason}" for server in self._servers)
-        if self._closing.is_set():
-            raise VLLMError("The servers are closed.")
+            reasons = "; ".join(f"{server.url}: {server.reason}" for server in servers)
         if not some_up:
             raise VLLMError(f"No vLLM server has come back in {self.start_timeout:.0f} s. {reasons}.")
 
@@ -623,8 +645,6 @@ class VLLMServers:
             status, text = self._call(server, "GET", "/health", timeout=5.0)
         except _Gone as error:
             return str(error)
-        except TimeoutError:
-            return "no answer in 5 s"
         return None if status == 200 else f"status {status} of /health, {_shown(text)}"
 
     def _models(self, server: "_Server") -> list[dict]:
@@ -644,12 +664,15 @@ class VLLMServers:
         timeout: float = 60.0,
         limit: int = _SHORT_ANSWER,
     ) -> tuple[int, str]:
-        """Status and text of an answer. Raises [`_Gone`] without one, and `TimeoutError`."""
+        """Status and text of an answer. Without one it raises [`_Gone`], and of a generation that is slow `TimeoutError`."""
         end = time.monotonic() + timeout
         connection = server.connection(timeout)
         with self._changed:
             server.connections.add(connection)
         try:
+            connection.connect()
+            if self._closing.is_set() and path == _GENERATE:
+                raise _Gone("closed")
             connection.request(method, server.path + path, body=_encoded(body), headers=server.headers)
             answer = connection.getresponse()
             chunks, size = [], 0
@@ -662,9 +685,9 @@ class VLLMServers:
                     raise TimeoutError
             return answer.status, b"".join(chunks).decode("utf-8", "replace")
         except TimeoutError:
-            if self._closing.is_set():
-                raise _Gone("closed") from None
-            raise
+            if path == _GENERATE and connection.sock is not None:
+                raise
+            raise _Gone(f"no answer to {path} in {timeout:.0f} s") from None
         except (OSError, http.client.HTTPException) as error:
             raise _Gone(f"{type(error).__name__}: {error}") from error
         finally:
@@ -687,7 +710,7 @@ class VLLMServers:
         for adapter in list(self._made):
             try:
                 self._remove(adapter)
-            except (VLLMError, TimeoutError) as error:
+            except VLLMError as error:
                 logger.warning("%s stays where it is: %s", adapter.folder, error)
 
 
@@ -741,6 +764,41 @@ def image_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
+def seen_image(image_inputs: dict[str, torch.Tensor], image_processor: BaseImageProcessor) -> Image.Image:
+    """
+    The image as the model sees it: the pixels that the processor has made of it, to 8 bits as they were. A server that is sent
+    these resizes nothing, and servers resize by other libraries, which moved log-probs by 0.005 to 0.013.
+
+    Args:
+        image_inputs (`dict[str, torch.Tensor]`):
+            `pixel_values` (patches, patch size) and `image_grid_thw` (1, 3) of one image, of a Qwen processor.
+        image_processor ([`~transformers.BaseImageProcessor`]):
+            What has made them.
+
+    Returns:
+        `PIL.Image.Image`
+
+    Raises:
+        `ValueError`: if they are not those of a Qwen model.
+    """
+    if "image_grid_thw" not in image_inputs or len(image_inputs["image_grid_thw"]) != 1:
+        raise ValueError(
+            f"An image with the inputs {sorted(image_inputs)} cannot be sent to a vLLM server; expected one image of "
+            "Qwen2.5-VL or Qwen3-VL, with `pixel_values` and `image_grid_thw`."
+        )
+    _, height, width = image_inputs["image_grid_thw"][0].tolist()
+    merge, patch, times = image_processor.merge_size, image_processor.patch_size, image_processor.temporal_patch_size
+    patches = image_inputs["pixel_values"].float().cpu()
+    # Patches that are merged follow each other; a still image fills all of a patch's times
+    patches = patches.view(height // merge, width // merge, merge, merge, -1, times, patch, patch)[:, :, :, :, :, 0]
+    pixels = patches.permute(0, 2, 5, 1, 3, 6, 4).reshape(height * patch, width * patch, -1)
+    if image_processor.do_normalize:
+        pixels = pixels * torch.tensor(image_processor.image_std) + torch.tensor(image_processor.image_mean)
+    if image_processor.do_rescale:
+        pixels = pixels / image_processor.rescale_factor
+    return Image.fromarray(pixels.round().clamp(0, 255).to(torch.uint8).numpy())
+
+
 def one_image_token(prompt_ids: Sequence[int], image_token_id: int) -> list[int]:
     """
     A prompt with one token per image, which the server repeats as often as the image needs; it would repeat each of several.
@@ -776,7 +834,7 @@ def _shown(text: str) -> str:
     try:
         answer = json.loads(text)
         message = answer["error"]["message"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         message = text
     message = " ".join(str(message).split())
     return repr(message if len(message) <= 1000 else message[:1000] + "...")
@@ -786,14 +844,14 @@ def _is_of_vllm(text: str) -> bool:
     """Whether an error comes from a handler of vLLM, not from the web framework, which knows no such address."""
     try:
         return isinstance(json.loads(text)["error"]["message"], str)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
 def _json(server: _Server, text: str) -> dict:
     try:
         answer = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
         raise VLLMError(f"The server at {server.url} is no vLLM server: it answers {_shown(text)}.")
