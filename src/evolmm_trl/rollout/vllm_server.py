@@ -467,7 +467,7 @@ class VLLMServers:
             "repetition_penalty": 1.0 if config.repetition_penalty is None else config.repetition_penalty,
             "logit_bias": {str(token): -100.0 for token in config.suppress_tokens or ()},
             # These alone, whatever the server's generation config says
-            "stop_token_ids": sorted(_end_tokens(config)),
+            "stop_token_ids": sorted(_end_tokens(config) - {None}),
             "ignore_eos": True,
             "logprobs": 0,
             "detokenize": False,
