@@ -59,6 +59,8 @@ _GENERATE = "/inference/v1/generate"
 _MOST_DEATHS = 3
 # Seconds between two looks at a server that is down, and between two progress lines
 _POLL, _PROGRESS = 0.5, 10.0
+# Seconds after an error in which a server whose engine has died comes to say so
+_DYING = 1.0
 # Answers to anything but a generation are short
 _SHORT_ANSWER = 4 * 1024 * 1024
 # Put into every adapter folder; only folders that hold it are deleted
@@ -559,7 +561,7 @@ class VLLMServers:
         if status in _UNAVAILABLE:
             raise _Gone(f"status {status}, {_shown(text)}")
         if status >= 500:
-            time.sleep(1.0)  # a server whose engine has died says so a moment later
+            self._closing.wait(_DYING)
             if self._why_not_healthy(server) is not None:
                 raise _Gone(f"status {status}, {_shown(text)}")
         if status != 200:

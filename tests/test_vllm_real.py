@@ -1,0 +1,263 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The client against a real vLLM server (`make vllm-cpu`, `make test-vllm`)."""
+
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+from demo import load_model
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import GenerationConfig
+
+from evolmm_trl.prompts import RolePrompts
+from evolmm_trl.role_adapters import ADAPTER_OF, RoleAdapters
+from evolmm_trl.rollout.samples import Sample, collate_samples, encode_prompts
+from evolmm_trl.rollout.vllm_server import VLLMError, VLLMRequest, VLLMServers, image_url, seen_image
+from evolmm_trl.schedule import PROPOSER, ROLES, SOLVER
+
+
+pytestmark = pytest.mark.vllm
+
+# What the server's log-probs may differ from transformers' and PEFT's by, in float32
+TOLERANCE = 1e-4
+
+
+class Policy:
+    """The trainer's side: the base model with both roles' adapters, of random weights, and prompts about some images."""
+
+    def __init__(self, folder: str, rank: int = 8):
+        base, self.processor = load_model(folder)
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=r".*visual.*")
+        self.model = get_peft_model(base, lora)
+        self.model.add_adapter(ADAPTER_OF[PROPOSER], lora)
+        self.model.eval()
+        self.roles = RoleAdapters(self.model)
+        self.image_token_id = base.config.image_token_id
+        tokenizer = self.processor.tokenizer
+        placeholders = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+        self.suppressed = sorted(tokenizer.convert_tokens_to_ids(placeholders))
+        self.ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+        rng = np.random.default_rng(0)
+        # The second and the third are resized by the processor
+        sizes = ((84, 84), (60, 100), (91, 90), (84, 56))
+        self.images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+        prompts = RolePrompts.from_dict(json.load(open("examples/demo/prompts.json")))
+        messages = {PROPOSER: prompts.proposer_messages(), SOLVER: prompts.solver_messages("Which is tallest?")}
+        self.prompts = {role: encode_prompts(self.processor, [messages[role]] * 4, self.images) for role in ROLES}
+        for seed, role in enumerate(ROLES):
+            self.move(role, seed)
+
+    def move(self, role: str, seed: int) -> None:
+        """What a step does to an adapter, and more."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.model.named_parameters():
+            if f".{ADAPTER_OF[role]}." in name:
+                parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+
+    def save(self, role: str):
+        def write(folder):
+            self.model.save_pretrained(folder, selected_adapters=[ADAPTER_OF[role]])
+            if role == PROPOSER:  # which PEFT puts into a folder of its own
+                for file in (folder / "proposer").iterdir():
+                    file.rename(folder / file.name)
+
+        return write
+
+    def config(self, **settings) -> GenerationConfig:
+        defaults = {"max_new_tokens": 16, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "do_sample": True}
+        defaults |= {"eos_token_id": self.ends, "suppress_tokens": self.suppressed}
+        return GenerationConfig(**{**defaults, "pad_token_id": self.ends[-1], **settings})
+
+    def request(self, role: str, i: int, samples: int = 5, seed: int | None = 11, **settings) -> VLLMRequest:
+        prompt = self.prompts[role][i]
+        url = image_url(seen_image(prompt.image_inputs, self.processor.image_processor))
+        return VLLMRequest(role, prompt.input_ids.tolist(), url, samples, seed, self.config(**settings))
+
+    def requests(self, **settings) -> list[VLLMRequest]:
+        """Both roles about all images."""
+        return [self.request(role, i, **settings) for role in ROLES for i in range(len(self.images))]
+
+    @torch.no_grad()
+    def logps(self, role: str, i: int, ids: list[int], temperature: float = 1.0, suppressed=None) -> torch.Tensor:
+        """The log-probs of a completion of the role's prompt about an image, of shape (completion length,)."""
+        prompt = self.prompts[role][i]
+        batch = collate_samples([Sample(prompt, torch.tensor(ids), 0.0)], self.ends[-1])
+        input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        with self.roles.using(role):
+            logits = self.model(
+                input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **batch["model_inputs"]
+            ).logits
+        logits = logits[0, len(prompt.input_ids) - 1 : -1]
+        logits[:, self.suppressed if suppressed is None else suppressed] = -torch.inf
+        return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+    def difference(self, role: str, i: int, completions, **settings) -> float:
+        """The largest difference between a server's log-probs and the policy's."""
+        return max(
+            (self.logps(role, i, completion.ids, **settings) - torch.tensor(completion.logps)).abs().max().item()
+            for completion in completions
+        )
+
+    def largest_difference(self, servers: VLLMServers, **settings) -> float:
+        """The same over both roles and all images."""
+        answers = iter(servers.generate(self.requests(**settings)))
+        return max(self.difference(role, i, next(answers)) for role in ROLES for i in range(len(self.images)))
+
+
+@pytest.fixture(scope="module")
+def policy(vllm_server):
+    return Policy(vllm_server.model)
+
+
+@pytest.fixture
+def servers(vllm_server, policy, tmp_path):
+    with client(vllm_server, policy, tmp_path) as servers:
+        servers.start(vllm_server.model)
+        for role in ROLES:
+            servers.swap(role, policy.save(role))
+        yield servers
+
+
+def client(vllm_server, policy, folder, **kwargs) -> VLLMServers:
+    return VLLMServers(
+        [vllm_server.url], policy.image_token_id, folder / "adapters", **{"request_timeout": 60, **kwargs}
+    )
+
+
+def served(servers: VLLMServers) -> set[str]:
+    """The names of the adapters that the server knows."""
+    return {card["id"] for card in servers._models(servers._servers[0]) if card["parent"]}
+
+
+def test_log_probs_are_the_trainers_before_and_after_twenty_swaps(servers, policy):
+    assert policy.largest_difference(servers) <= TOLERANCE
+    for swap in range(20):
+        role = ROLES[swap % 2]
+        policy.move(role, 100 + swap)
+        # The adapter before this one is far off, so that an answer from it would be seen
+        (stale,) = servers.generate([policy.request(role, 0)])
+        assert policy.difference(role, 0, stale) > 0.1
+        servers.swap(role, policy.save(role))
+        (fresh,) = servers.generate([policy.request(role, 0)])
+        assert policy.difference(role, 0, fresh) <= TOLERANCE
+    assert policy.largest_difference(servers) <= TOLERANCE
+    assert [len(servers.swap_seconds[role]) for role in ROLES] == [11, 11]
+
+
+def test_old_adapters_are_unloaded_and_deleted(servers, policy, tmp_path):
+    names = {servers.adapters[role].name for role in ROLES}
+    assert served(servers) == names
+    assert {folder.name for folder in (tmp_path / "adapters").iterdir()} == names
+    servers.swap(SOLVER, policy.save(SOLVER))
+    assert served(servers) == {servers.adapters[role].name for role in ROLES} != names
+    servers.close()
+    assert not list((tmp_path / "adapters").iterdir())
+
+
+def test_samples_differ_and_are_the_same_again(servers, policy):
+    first, again = ([[c.ids for c in group] for group in servers.generate(policy.requests())] for _ in range(2))
+    assert first == again
+    assert all(len(set(map(tuple, group))) == 5 for group in first)
+    (shifted,) = servers.generate([policy.request(ROLES[0], 0, samples=4, seed=12)])
+    assert [c.ids for c in shifted] == first[0][1:]
+    (large,) = servers.generate([policy.request(SOLVER, 0, seed=2**63 - 1)])
+    assert len(large) == 5
+    (greedy,), *likeliest = servers.generate(
+        [policy.request(SOLVER, 0, samples=1, seed=None), policy.request(SOLVER, 0, top_k=1)]
+    )
+    assert {tuple(completion.ids) for completion in likeliest[0]} == {tuple(greedy.ids)}
+
+
+def test_log_probs_are_those_of_what_is_sampled_from(servers, policy):
+    suppressed = [*policy.suppressed, *range(0, 200)]
+    (completions,) = servers.generate([policy.request(SOLVER, 0, temperature=0.7, suppress_tokens=suppressed)])
+    assert not {token for completion in completions for token in completion.ids} & set(suppressed)
+    assert policy.difference(SOLVER, 0, completions, temperature=0.7, suppressed=suppressed) <= TOLERANCE
+    (completions,) = servers.generate([policy.request(SOLVER, 0, top_k=1)])
+    assert {logp for completion in completions for logp in completion.logps} == {0.0}
+
+
+def test_a_completion_ends_with_the_trainers_end_tokens_alone(servers, policy):
+    (free,) = servers.generate([policy.request(SOLVER, 0, eos_token_id=[])])
+    assert {len(completion.ids) for completion in free} == {16}
+    token = free[0].ids[3]
+    (ended,) = servers.generate([policy.request(SOLVER, 0, eos_token_id=[token])])
+    assert ended[0].ids == free[0].ids[: free[0].ids.index(token) + 1]
+
+
+def test_a_prompt_that_the_server_reads_otherwise_is_an_error(servers, policy):
+    request = policy.request(SOLVER, 0)
+    other = VLLMRequest(SOLVER, request.prompt_ids, policy.request(SOLVER, 3).image, 1, 0, request.config)
+    with pytest.raises(VLLMError, match=r"reads a prompt as \d+ tokens, 6 of them of the image, .* 9 of them"):
+        servers.generate([other])
+
+
+def test_a_rank_above_the_servers_is_said_before_anything_is_asked(vllm_server, policy, tmp_path):
+    large = Policy(vllm_server.model, rank=16)
+    with client(vllm_server, policy, tmp_path) as servers:
+        servers.start(vllm_server.model)
+        with pytest.raises(VLLMError, match="LoRA rank 16 is greater than max_lora_rank 8"):
+            servers.swap(SOLVER, large.save(SOLVER))
+        # and the server goes on
+        servers.swap(SOLVER, policy.save(SOLVER))
+        assert servers.generate([policy.request(SOLVER, 0)])
+
+
+def test_another_base_model_is_warned_of(vllm_server, policy, tmp_path, caplog):
+    with client(vllm_server, policy, tmp_path) as servers:
+        servers.start(vllm_server.model)
+        assert "serves" not in caplog.text
+        servers.start("Qwen/Qwen2.5-VL-3B-Instruct")
+    assert re.search(r"serves /\S+, and the trained model is Qwen/Qwen2.5-VL-3B-Instruct", caplog.text)
+
+
+def test_what_a_killed_run_has_left_is_removed_and_no_more(vllm_server, policy, tmp_path):
+    killed = client(vllm_server, policy, tmp_path)
+    killed.start(vllm_server.model)
+    killed.swap(SOLVER, policy.save(SOLVER))
+    strangers = tmp_path / "adapters" / "mine"
+    strangers.mkdir()
+    with client(vllm_server, policy, tmp_path / "other") as other, client(vllm_server, policy, tmp_path) as next_run:
+        other.swap(SOLVER, policy.save(SOLVER))
+        next_run.start(vllm_server.model)
+        assert served(next_run) == {other.adapters[SOLVER].name}
+        assert list((tmp_path / "adapters").iterdir()) == [strangers]
+
+
+def test_a_server_that_dies_in_a_rollout_and_comes_back_loses_and_doubles_nothing(vllm_server, servers, policy):
+    requests = policy.requests(max_new_tokens=300, eos_token_id=[])
+    expected = [[c.ids for c in group] for group in servers.generate(requests)]
+    futures = [servers.submit(request) for request in requests]
+    time.sleep(0.3)
+    assert not all(future.done() for future in futures)
+    vllm_server.kill_engine()
+    vllm_server.start(wait=False)
+    assert [[c.ids for c in future.result()] for future in futures] == expected
+    assert servers.faults["deaths"] == 1 and servers.faults["repeated"] >= 1
+    assert policy.largest_difference(servers) <= TOLERANCE
+
+
+def test_a_server_that_knows_the_adapters_no_more_gets_the_current_ones(servers, policy):
+    policy.move(SOLVER, 7)
+    servers.swap(SOLVER, policy.save(SOLVER))
+    for name in served(servers):  # as if it had been started anew between two requests
+        servers._call(servers._servers[0], "POST", "/v1/unload_lora_adapter", {"lora_name": name})
+    assert not served(servers)
+    assert policy.largest_difference(servers) <= TOLERANCE

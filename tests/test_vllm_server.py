@@ -1,0 +1,534 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The client of vLLM servers against stand-ins: what goes wrong, and what is checked."""
+
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_models import tiny_gemma3, tiny_qwen2_5_vl, tiny_qwen3_vl
+from transformers import GenerationConfig
+from vllm_stand_in import END_TOKEN, IMAGE_TOKEN, VLLMStandIn, error
+
+from evolmm_trl.processing import load_processor
+from evolmm_trl.rollout import vllm_server
+from evolmm_trl.rollout.samples import encode_prompts
+from evolmm_trl.rollout.vllm_server import (
+    ServedAdapter,
+    VLLMError,
+    VLLMRequest,
+    VLLMServers,
+    image_url,
+    one_image_token,
+    seen_image,
+)
+
+
+PROMPT = [1, 2, *[IMAGE_TOKEN] * 4, 3]
+# As long as the stand-ins' completions
+CONFIG = GenerationConfig(
+    max_new_tokens=4, eos_token_id=[END_TOKEN], suppress_tokens=[IMAGE_TOKEN], top_k=0, do_sample=True
+)
+
+
+def request(
+    image: str = "data:a", role: str = "solver", seed: int | None = 0, samples: int = 3, **settings
+) -> VLLMRequest:
+    config = GenerationConfig.from_dict({**CONFIG.to_dict(), **settings})
+    return VLLMRequest(role, PROMPT, image, samples, seed, config)
+
+
+def save(folder: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_text("{}")
+
+
+def ids(completions) -> list[list[int]]:
+    return [completion.ids for completion in completions]
+
+
+EXPECTED = [[100, END_TOKEN], [101, END_TOKEN], [102, END_TOKEN]]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(vllm_server, "_POLL", 0.02)
+    monkeypatch.setattr(vllm_server, "_DYING", 0.05)
+
+
+@pytest.fixture
+def stand_ins():
+    servers = [VLLMStandIn(), VLLMStandIn()]
+    yield servers
+    for server in servers:
+        server.die()
+
+
+@pytest.fixture
+def connect(tmp_path):
+    """Clients of stand-ins, with the roles' adapters loaded."""
+    clients = []
+
+    def connect(*stand_ins, start=True, **kwargs) -> VLLMServers:
+        settings = {"start_timeout": 5, "request_timeout": 5, **kwargs}
+        urls = [stand_in.url for stand_in in stand_ins]
+        clients.append(VLLMServers(urls, IMAGE_TOKEN, tmp_path / "adapters", **settings))
+        if start:
+            clients[-1].start("base")
+            for role in ("solver", "proposer"):
+                clients[-1].swap(role, save)
+        return clients[-1]
+
+    yield connect
+    for client in clients:
+        client.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Requests
+
+
+def test_a_request_holds_one_image_token_and_every_setting_of_the_config(stand_ins, connect):
+    servers = connect(stand_ins[0])
+    settings = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1}
+    (completions,) = servers.generate([request(seed=5, **settings)])
+    assert ids(completions) == [[105 + k, END_TOKEN] for k in range(3)]
+    assert {logp for completion in completions for logp in completion.logps} == {-1.5}
+    (body,) = stand_ins[0].asked
+    assert body["token_ids"] == [1, 2, IMAGE_TOKEN, 3]
+    assert body["content_parts"] == [{"type": "image_url", "url": "data:a"}]
+    assert body["model"] == servers.adapters["solver"].name
+    expected = {"n": 3, "seed": 5, "max_tokens": 4, "stop_token_ids": [END_TOKEN], "ignore_eos": True, "logprobs": 0}
+    expected |= {"logit_bias": {str(IMAGE_TOKEN): -100.0}, "detokenize": False}
+    assert body["sampling_params"] == {**settings, **expected}
+
+
+def test_what_a_server_cannot_do_is_refused(stand_ins, connect):
+    servers = connect(stand_ins[0])
+    with pytest.raises(ValueError, match="cannot be asked for this: .*num_beams"):
+        servers.submit(request(num_beams=2))
+    with pytest.raises(ValueError, match="no image token"):
+        servers.submit(VLLMRequest("solver", [1, 2], "data:a", 1, 0, CONFIG))
+    with pytest.raises(ValueError, match="samples=2; expected 1 or more, and 1 for greedy"):
+        servers.submit(request(seed=None, samples=2))
+    with pytest.raises(ValueError, match="The judge has no adapter"):
+        servers.submit(request(role="judge"))
+
+
+def test_an_images_requests_go_to_one_server_and_images_are_spread(stand_ins, connect):
+    servers = connect(*stand_ins)
+    barrier = threading.Barrier(8)  # all are in flight at once, or this times out
+
+    def together(server, body):
+        barrier.wait(5)
+        return 200, server.completed(body)
+
+    for stand_in in stand_ins:
+        stand_in.faults = [together] * 4
+    images = [f"data:{i}" for i in range(8)]
+    servers.generate([request(image) for image in images])
+    assert [len(stand_in.asked) for stand_in in stand_ins] == [4, 4]
+    servers.generate([request(image, role="proposer") for image in images for _ in range(2)])
+    places = [{body["content_parts"][0]["url"] for body in stand_in.asked} for stand_in in stand_ins]
+    assert not places[0] & places[1]
+
+
+def test_one_server_can_be_asked(stand_ins, connect):
+    servers = connect(*stand_ins)
+    for url, stand_in in zip(servers.urls, stand_ins, strict=True):
+        servers.submit(request(), url).result()
+        assert len(stand_in.asked) == 1
+
+
+def test_the_servers_key_is_sent(stand_ins, connect, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    connect(stand_ins[0])
+    assert {headers.get("Authorization") for headers in stand_ins[0].headers} == {"Bearer secret"}
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "file:///etc/passwd", "http://user:word@host", "http://h/?a=1", ""])
+def test_an_address_that_is_none_is_an_error(url):
+    with pytest.raises(ValueError, match="is not the address of a server"):
+        VLLMServers([url], IMAGE_TOKEN, "adapters")
+
+
+def test_addresses_are_a_list_without_repetition():
+    for urls in ("http://a", [], ["http://a", "http://a"]):
+        with pytest.raises(ValueError, match="expected a list of different addresses"):
+            VLLMServers(urls, IMAGE_TOKEN, "adapters")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Adapters
+
+
+def test_only_the_role_that_moved_is_swapped_and_its_old_folder_goes_after_the_unloading(stand_ins, connect, tmp_path):
+    servers = connect(*stand_ins)
+    before = dict(servers.adapters)
+    seen = []
+    unload = stand_ins[0].respond
+    stand_ins[0].respond = lambda path, body: (
+        seen.append((path, os.listdir(tmp_path / "adapters"))),
+        unload(path, body),
+    )[1]
+    seconds = servers.swap("solver", save)
+    after = servers.adapters
+    assert after["proposer"] == before["proposer"] and after["solver"].name != before["solver"].name
+    assert [path for path, _ in seen] == ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
+    assert before["solver"].name in seen[1][1]
+    assert sorted(os.listdir(tmp_path / "adapters")) == sorted(adapter.name for adapter in after.values())
+    for stand_in in stand_ins:
+        assert stand_in.adapters == {adapter.name: adapter.folder for adapter in after.values()}
+    assert servers.swap_seconds["solver"][-1] == seconds and len(servers.swap_seconds["proposer"]) == 1
+    # A request holds the adapter of its role
+    servers.generate([request(), request(role="proposer")])
+    asked = {body["model"] for stand_in in stand_ins for body in stand_in.asked}
+    assert asked == {adapter.name for adapter in after.values()}
+
+
+def test_no_adapter_is_swapped_under_a_request(stand_ins, connect):
+    servers = connect(stand_ins[0])
+    go = threading.Event()
+    stand_ins[0].faults = [lambda server, body: (go.wait(5), (200, server.completed(body)))[1]]
+    future = servers.submit(request())
+    with pytest.raises(RuntimeError, match="1 requests of the solver are in flight"):
+        servers.swap("solver", save)
+    servers.swap("proposer", save)
+    go.set()
+    future.result()
+    servers.swap("solver", save)
+
+
+def test_an_adapter_that_is_not_written_is_an_error(stand_ins, connect):
+    servers = connect(stand_ins[0])
+    with pytest.raises(ValueError, match="has not written adapter_config.json and adapter_model.safetensors"):
+        servers.swap("solver", lambda folder: None)
+
+
+def test_only_folders_of_this_client_are_deleted(stand_ins, connect, tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / vllm_server._MARK).touch()
+    adapters = tmp_path / "adapters"
+    (adapters / "mine").mkdir(parents=True)
+    (adapters / "link").symlink_to(precious, target_is_directory=True)
+    servers = connect(stand_ins[0])
+    # as if another process, or a wrong checkpoint, had said so
+    servers.adapters["solver"] = ServedAdapter("precious", str(precious))
+    servers.swap("solver", save)
+    servers.close()
+    assert precious.is_dir() and {path.name for path in adapters.iterdir()} >= {"mine", "link"}
+
+
+def test_another_process_takes_over_the_adapters(stand_ins, connect):
+    main = connect(stand_ins[0])
+    other = connect(stand_ins[0], start=False)
+    other.adapters = dict(main.adapters)
+    assert ids(other.generate([request()])[0]) == EXPECTED
+    assert len(stand_ins[0].loads) == 2  # the server has said that it holds them, which is no error
+    stand_ins[0].die()
+    stand_ins[0].start()
+    assert ids(other.generate([request()])[0]) == EXPECTED
+    other.close()
+    assert Path(main.adapters["solver"].folder).is_dir()
+    assert ids(main.generate([request()])[0]) == EXPECTED
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Starting
+
+
+def test_a_server_that_is_not_up_yet_is_waited_for(stand_ins, connect, caplog):
+    stand_ins[0].die()
+    threading.Timer(0.4, stand_ins[0].start).start()
+    servers = connect(*stand_ins)
+    assert f"Waiting for the vLLM server at {stand_ins[0].url}: 0 of 5 s (ConnectionRefusedError" in caplog.text
+    assert ids(servers.generate([request()])[0]) == EXPECTED
+    assert not servers.faults
+
+
+def test_the_wait_has_a_limit(stand_ins, connect, caplog):
+    stand_ins[1].die()
+    started = time.monotonic()
+    with pytest.raises(
+        VLLMError, match=rf"No vLLM server answers at {stand_ins[1].url} \(ConnectionRefused.*after 0 s"
+    ):
+        connect(*stand_ins, start_timeout=0.3)
+    assert time.monotonic() - started < 3
+    stand_ins[1].start()
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "message"),
+    [
+        ("/v1/unload_lora_adapter", (404, {"detail": "Not Found"}), "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"),
+        ("/v1/unload_lora_adapter", (401, {"error": "Unauthorized"}), "Set VLLM_API_KEY"),
+        ("/inference/v1/generate", error(403, "Scale-out endpoints are disabled."), "disabled.*--enable-scale-out"),
+        ("/inference/v1/generate", (404, {"detail": "Not Found"}), "--enable-scale-out, of vLLM 0.32 or newer"),
+        ("/v1/models", (200, "<html>"), "is no vLLM server: it answers '<html>'"),
+        ("/v1/models", (200, "[" * 100_000), "is no vLLM server"),
+        ("/v1/models", (200, "x" * 5_000_000), "with more than 4194304 bytes"),
+        ("/v1/load_lora_adapter", error(500, "LoRA is not enabled."), "LoRA is not enabled.*--enable-lora"),
+        ("/v1/load_lora_adapter", error(404, "No adapter found for /a"), "No adapter found.* read this folder"),
+    ],
+)
+def test_a_server_that_lacks_something_is_an_error_before_training(stand_ins, connect, path, answer, message):
+    stand_ins[0].routes[path] = answer
+    with pytest.raises(VLLMError, match=message):
+        connect(stand_ins[0])
+
+
+def test_log_probs_from_before_the_settings_are_an_error_before_training(stand_ins, connect):
+    right = stand_ins[0].completed
+
+    def raw(body):
+        answer = right(body)
+        answer["choices"][0]["logprobs"]["content"][0]["logprob"] = -6.1
+        return answer
+
+    stand_ins[0].completed = raw
+    with pytest.raises(VLLMError, match="log-prob -6.100 to a token without alternative.*processed_logprobs"):
+        connect(stand_ins[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+def vanish(server, body):
+    """The server dies over a request, and comes back without adapters."""
+    server.die()
+    threading.Timer(0.2, server.start).start()
+
+
+def test_a_server_that_dies_and_comes_back_gets_the_adapters_and_the_requests_again(stand_ins, connect):
+    servers = connect(stand_ins[0])
+    stand_ins[0].faults = [vanish]
+    requests = [request(f"data:{i}", role, seed=i) for i in range(6) for role in ("solver", "proposer")]
+    answers = servers.generate(requests)
+    assert [ids(answer) for answer in answers] == [[[100 + r.seed + k, END_TOKEN] for k in range(3)] for r in requests]
+    assert stand_ins[0].adapters == {adapter.name: adapter.folder for adapter in servers.adapters.values()}
+    assert servers.faults["deaths"] >= 1 and servers.faults["repeated"] >= 1
+    servers.swap("solver", save)  # nothing is taken to be in flight
+
+
+def test_requests_of_a_dead_server_go_to_another_and_swaps_reach_it_when_it_is_back(stand_ins, connect):
+    servers = connect(*stand_ins)
+    stand_ins[0].faults = stand_ins[1].faults = [
+        lambda server, body: server.die()
+    ]  # one list: the first one asked dies
+    answers = servers.generate([request(f"data:{i}") for i in range(4)])
+    assert [ids(answer) for answer in answers] == [EXPECTED] * 4
+    dead = next(server for server in stand_ins if not servers._servers[stand_ins.index(server)].up)
+    servers.swap("solver", save)
+    dead.start()
+    deadline = time.monotonic() + 5
+    while not all(server.up for server in servers._servers) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    servers.submit(request(), dead.url).result()
+    assert dead.adapters == {servers.adapters["solver"].name: servers.adapters["solver"].folder}
+
+
+def test_a_swap_waits_for_a_server_that_is_gone(stand_ins, connect):
+    servers = connect(stand_ins[0])
+    stand_ins[0].die()
+    threading.Timer(0.3, stand_ins[0].start).start()
+    servers.swap("solver", save)
+    assert list(stand_ins[0].adapters) == [servers.adapters["solver"].name]
+
+
+def test_a_server_that_does_not_come_back_is_an_error_with_its_last_words(stand_ins, connect):
+    servers = connect(stand_ins[0], start_timeout=1)
+
+    def out_of_memory(server, body):
+        server.routes["/health"] = (503, "")
+        return error(500, "CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    stand_ins[0].faults = [out_of_memory]
+    with pytest.raises(
+        VLLMError, match="No vLLM server has come back in 1 s.*out of memory. Tried to allocate 2.00 GiB"
+    ):
+        servers.generate([request()])
+
+
+def test_a_request_that_every_server_dies_of_is_given_up(stand_ins, connect):
+    servers = connect(stand_ins[0])
+    stand_ins[0].faults = [vanish] * 3
+    with pytest.raises(VLLMError, match="was sent 3 times, and each time the vLLM server was gone or broke down"):
+        servers.generate([request()])
+    assert len(stand_ins[0].asked) == 3
+
+
+@pytest.mark.parametrize("status", [400, 413, 500])
+def test_an_error_has_the_servers_text_and_is_not_asked_for_again(stand_ins, connect, status):
+    servers = connect(*stand_ins)
+    for stand_in in stand_ins:
+        stand_in.faults = [lambda server, body: error(status, "The prompt is longer than\nmax_model_len.")]
+    with pytest.raises(VLLMError, match=f"answers {status} to a request: 'The prompt is longer than max_model_len.'"):
+        servers.generate([request()])
+    assert sum(len(stand_in.asked) for stand_in in stand_ins) == 1
+    servers.swap("solver", save)
+
+
+def test_a_busy_server_is_asked_again(stand_ins, connect):
+    servers = connect(stand_ins[0])
+    stand_ins[0].faults = [lambda server, body: (503, "busy"), lambda server, body: (502, "<html>bad gateway</html>")]
+    assert ids(servers.generate([request()])[0]) == EXPECTED
+
+
+def slow(server, body):
+    time.sleep(1.0)
+    return 200, server.completed(body)
+
+
+def test_a_slow_request_is_sent_to_another_server(stand_ins, connect, caplog):
+    servers = connect(*stand_ins, request_timeout=0.3)
+    stand_ins[0].faults = stand_ins[1].faults = [slow]
+    assert ids(servers.generate([request()])[0]) == EXPECTED
+    assert [len(stand_in.asked) for stand_in in stand_ins] == [1, 1]
+    assert servers.faults == {"slow": 1} and "has not answered in 0 s; the request is sent again" in caplog.text
+
+
+def test_a_request_that_is_slow_everywhere_is_an_error(stand_ins, connect):
+    servers = connect(stand_ins[0], request_timeout=0.2)
+    stand_ins[0].faults = [slow] * 5
+    with pytest.raises(VLLMError, match="for 3 completions of at most 4 tokens took more than 0 s, 2 times"):
+        servers.generate([request()])
+
+
+def changed(change):
+    def fault(server, body):
+        answer = server.completed(body)
+        change(answer)
+        return 200, answer
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda answer: answer.update(prompt_token_ids=[1, 2, IMAGE_TOKEN, 3]),
+            "as 4 tokens, 1 of them of the image, .* 7",
+        ),
+        (lambda answer: answer.update(prompt_token_ids=None), "reads a prompt as 0 tokens"),
+        (lambda answer: answer["choices"].pop(), "2 completions for 3 samples"),
+        (lambda answer: answer["choices"][0].update(index=1), "3 completions for 3 samples"),
+        (lambda answer: answer["choices"][0]["token_ids"].append(5), "do not go together"),
+        (lambda answer: answer["choices"][0].update(token_ids=[], logprobs={"content": []}), "do not go together"),
+        (lambda answer: answer["choices"][0]["logprobs"]["content"][0].update(logprob=float("nan")), "that is none"),
+        (lambda answer: answer["choices"][0]["logprobs"]["content"][0].update(logprob=0.5), "that is none"),
+        (lambda answer: answer["choices"][0].update(logprobs=None), "in a form that is not known here"),
+        (lambda answer: answer.pop("choices"), "in a form that is not known here"),
+        (
+            lambda answer: answer["choices"][0].update(
+                token_ids=[5, 5], logprobs={"content": [{"token_id": 5, "logprob": -1.0}] * 2}
+            ),
+            "of at most 4 tokens after 2, without an end token. Its --max-model-len",
+        ),
+        (
+            lambda answer: answer["choices"][0].update(
+                token_ids=[5] * 5, logprobs={"content": [{"token_id": 5, "logprob": -1.0}] * 5}
+            ),
+            "of at most 4 tokens after 5",
+        ),
+    ],
+)
+def test_an_answer_that_cannot_be_right_is_an_error(stand_ins, connect, change, message):
+    servers = connect(stand_ins[0])
+    stand_ins[0].faults = [changed(change)]
+    with pytest.raises(VLLMError, match=message):
+        servers.generate([request()])
+
+
+def test_an_answer_without_end_is_not_read_to_its_end(stand_ins, connect):
+    servers = connect(stand_ins[0])
+    stand_ins[0].faults = [lambda server, body: (200, " " * 6_000_000)]
+    with pytest.raises(VLLMError, match="answers /inference/v1/generate with more than"):
+        servers.generate([request()])
+
+
+def test_closing_gives_up_what_is_in_flight(stand_ins, connect, tmp_path):
+    servers = connect(stand_ins[0], max_in_flight=1, request_timeout=60)
+    go = threading.Event()
+    stand_ins[0].faults = [lambda server, body: go.wait(20)]
+    futures = [servers.submit(request()) for _ in range(3)]
+    time.sleep(0.2)
+    started = time.monotonic()
+    servers.close()
+    assert time.monotonic() - started < 5
+    go.set()
+    with pytest.raises(VLLMError, match="was closed"):
+        futures[0].result(0)
+    assert futures[1].cancelled() and futures[2].cancelled()
+    assert not stand_ins[0].adapters and not list((tmp_path / "adapters").iterdir())
+    with pytest.raises(RuntimeError):
+        servers.submit(request())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Images
+
+
+@pytest.mark.parametrize("tiny", [tiny_qwen2_5_vl, tiny_qwen3_vl])
+def test_the_image_that_was_seen_gives_the_same_pixels_again(tmp_path, tiny):
+    processor = load_processor(str(tiny(tmp_path)))
+    rng = np.random.default_rng(0)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    for size in ((50, 61), (32, 32), (28, 84), (300, 200)):
+        image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        (prompt,) = encode_prompts(processor, [messages], [image])
+        seen = seen_image(prompt.image_inputs, processor.image_processor)
+        (again,) = encode_prompts(processor, [messages], [seen])
+        assert again.input_ids.tolist() == prompt.input_ids.tolist()
+        assert (again.image_inputs["pixel_values"] - prompt.image_inputs["pixel_values"]).abs().max() < 1e-6
+        assert seen.size != image.size or np.array_equal(seen, image)
+
+
+def test_images_of_other_families_cannot_be_sent(tmp_path):
+    processor = load_processor(str(tiny_gemma3(tmp_path)))
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    (prompt,) = encode_prompts(processor, [messages], [Image.new("RGB", (28, 28))])
+    with pytest.raises(
+        ValueError, match="cannot be sent to a vLLM server; expected one image of Qwen2.5-VL or Qwen3-VL"
+    ):
+        seen_image(prompt.image_inputs, processor.image_processor)
+
+
+def test_an_image_is_sent_without_loss():
+    import base64
+    import io
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 56, 3), dtype=np.uint8))
+    kind, _, data = image_url(image).partition(",")
+    assert kind == "data:image/png;base64"
+    assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(data))), image)
+
+
+def test_an_images_tokens_become_one():
+    assert one_image_token([1, 7, 7, 7, 2, 7, 3], 7) == [1, 7, 2, 7, 3]
+    assert one_image_token([7, 7], 7) == [7]
+
+
+def test_the_log_names_no_more_than_a_warning(stand_ins, connect, caplog):
+    with caplog.at_level(logging.WARNING):
+        connect(stand_ins[0]).generate([request()])
+    assert not caplog.records
