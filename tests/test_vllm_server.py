@@ -14,6 +14,8 @@
 
 """The client of vLLM servers against stand-ins: what goes wrong, and what is checked."""
 
+import asyncio
+import json
 import logging
 import os
 import threading
@@ -87,7 +89,7 @@ def connect(tmp_path):
     clients = []
 
     def connect(*stand_ins, start=True, **kwargs) -> VLLMServers:
-        settings = {"start_timeout": 5, "request_timeout": 5, **kwargs}
+        settings = {"start_timeout": 20, "request_timeout": 20, **kwargs}
         urls = [stand_in.url for stand_in in stand_ins]
         clients.append(VLLMServers(urls, IMAGE_TOKEN, tmp_path / "adapters", **settings))
         if start:
@@ -137,7 +139,7 @@ def test_an_images_requests_go_to_one_server_and_images_are_spread(stand_ins, co
     barrier = threading.Barrier(8)  # all are in flight at once, or this times out
 
     def together(server, body):
-        barrier.wait(5)
+        barrier.wait(20)
         return 200, server.completed(body)
 
     for stand_in in stand_ins:
@@ -206,7 +208,7 @@ def test_only_the_role_that_moved_is_swapped_and_its_old_folder_goes_after_the_u
 def test_no_adapter_is_swapped_under_a_request(stand_ins, connect):
     servers = connect(stand_ins[0])
     go = threading.Event()
-    stand_ins[0].faults = [lambda server, body: (go.wait(5), (200, server.completed(body)))[1]]
+    stand_ins[0].faults = [lambda server, body: (go.wait(20), (200, server.completed(body)))[1]]
     future = servers.submit(request())
     with pytest.raises(RuntimeError, match="1 requests of the solver are in flight"):
         servers.swap("solver", save)
@@ -259,7 +261,7 @@ def test_a_server_that_is_not_up_yet_is_waited_for(stand_ins, connect, caplog):
     stand_ins[0].die()
     threading.Timer(0.4, stand_ins[0].start).start()
     servers = connect(*stand_ins)
-    assert f"Waiting for the vLLM server at {stand_ins[0].url}: 0 of 5 s (ConnectionRefusedError" in caplog.text
+    assert f"Waiting for the vLLM server at {stand_ins[0].url}: 0 of 20 s (ConnectionRefusedError" in caplog.text
     assert ids(servers.generate([request()])[0]) == EXPECTED
     assert not servers.faults
 
@@ -339,7 +341,7 @@ def test_requests_of_a_dead_server_go_to_another_and_swaps_reach_it_when_it_is_b
     dead = next(server for server in stand_ins if not servers._servers[stand_ins.index(server)].up)
     servers.swap("solver", save)
     dead.start()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while not all(server.up for server in servers._servers) and time.monotonic() < deadline:
         time.sleep(0.02)
     servers.submit(request(), dead.url).result()
@@ -393,20 +395,23 @@ def test_a_busy_server_is_asked_again(stand_ins, connect):
     assert ids(servers.generate([request()])[0]) == EXPECTED
 
 
-def slow(server, body):
-    time.sleep(1.0)
-    return 200, server.completed(body)
+@pytest.fixture
+def slow():
+    """A fault that lasts as long as the test."""
+    end = threading.Event()
+    yield lambda server, body: (end.wait(60), (200, server.completed(body)))[1]
+    end.set()
 
 
-def test_a_slow_request_is_sent_to_another_server(stand_ins, connect, caplog):
-    servers = connect(*stand_ins, request_timeout=0.3)
+def test_a_slow_request_is_sent_to_another_server(stand_ins, connect, slow, caplog):
+    servers = connect(*stand_ins, request_timeout=2)
     stand_ins[0].faults = stand_ins[1].faults = [slow]
     assert ids(servers.generate([request()])[0]) == EXPECTED
     assert [len(stand_in.asked) for stand_in in stand_ins] == [1, 1]
-    assert servers.faults == {"slow": 1} and "has not answered in 0 s; the request is sent again" in caplog.text
+    assert servers.faults == {"slow": 1} and "has not answered in 2 s; the request is sent again" in caplog.text
 
 
-def test_a_request_that_is_slow_everywhere_is_an_error(stand_ins, connect):
+def test_a_request_that_is_slow_everywhere_is_an_error(stand_ins, connect, slow):
     servers = connect(stand_ins[0], request_timeout=0.2)
     stand_ins[0].faults = [slow] * 5
     with pytest.raises(VLLMError, match="for 3 completions of at most 4 tokens took more than 0 s, 2 times"):
@@ -482,6 +487,88 @@ def test_closing_gives_up_what_is_in_flight(stand_ins, connect, tmp_path):
     assert not stand_ins[0].adapters and not list((tmp_path / "adapters").iterdir())
     with pytest.raises(RuntimeError):
         servers.submit(request())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Uploads
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """The middleware, in front of a server that answers everything with 418."""
+    import importlib
+
+    monkeypatch.syspath_prepend("examples")
+    module = importlib.import_module("vllm_adapter_upload")
+
+    async def vllm(scope, receive, send):
+        await send({"type": "http.response.start", "status": 418, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    def ask(method, path, *body, key=None, app=None):
+        app = app or ask.app
+        messages = [{"type": "http.request", "body": part, "more_body": True} for part in body]
+        messages = iter([*messages, {"type": "http.request", "body": b"", "more_body": False}])
+        sent = []
+
+        async def receive():
+            return next(messages)
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+        asyncio.run(app({"type": "http", "method": method, "path": path, "headers": headers}, receive, send))
+        return sent[0]["status"], json.loads(sent[1]["body"])
+
+    ask.module, ask.make = module, lambda: module.AdapterUpload(vllm)
+    ask.app = ask.make()
+    return ask
+
+
+def test_what_is_uploaded_is_in_the_servers_folder(uploads):
+    root = Path(uploads("GET", "/evolmm/adapters")[1]["folder"])
+    status, answer = uploads("PUT", "/evolmm/adapters/evolmm-solver-1a-v1/adapter_config.json", b"{", b"}")
+    assert status == 200 and Path(answer["folder"]) == root / "evolmm-solver-1a-v1"
+    assert Path(answer["folder"], "adapter_config.json").read_bytes() == b"{}"
+    assert uploads("DELETE", "/evolmm/adapters/evolmm-solver-1a-v1")[0] == 200
+    assert root.is_dir() and not list(root.iterdir())
+    assert uploads("POST", "/v1/load_lora_adapter")[0] == 418
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("PUT", "/evolmm/adapters/../adapter_config.json"),
+        ("PUT", "/evolmm/adapters/evolmm-a/../adapter_config.json"),
+        ("PUT", "/evolmm/adapters/evolmm-a/pickle.bin"),
+        ("PUT", "/evolmm/adapters/mine/adapter_config.json"),
+        ("DELETE", "/evolmm/adapters/.."),
+        ("DELETE", "/evolmm/adapters"),
+    ],
+)
+def test_nothing_else_is_written_or_deleted(uploads, method, path):
+    root = Path(uploads("GET", "/evolmm/adapters")[1]["folder"])
+    assert uploads(method, path, b"x")[0] in (404, 418)
+    assert root.is_dir() and not list(root.iterdir())
+
+
+def test_uploads_have_a_limit_and_a_key(uploads, monkeypatch):
+    monkeypatch.setattr(uploads.module, "_LARGEST", 3)
+    path = "/evolmm/adapters/evolmm-a/adapter_config.json"
+    assert uploads("PUT", path, b"12", b"34")[0] == 413
+    assert uploads("PUT", path, b"12", b"3")[0] == 200
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    guarded = uploads.make()
+    assert [uploads("PUT", path, b"1", key=key, app=guarded)[0] for key in (None, "wrong", "secret")] == [
+        401,
+        401,
+        200,
+    ]
+    assert uploads("GET", "/evolmm/adapters", app=guarded)[0] == 401
+    monkeypatch.setattr("sys.argv", ["vllm", "--api-key", "x"])
+    with pytest.raises(ValueError, match="VLLM_API_KEY"):
+        uploads.make()
 
 
 # ----------------------------------------------------------------------------------------------------------------

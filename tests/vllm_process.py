@@ -64,7 +64,7 @@ class VLLMProcess:
 
     def start(self, wait: bool = True) -> "VLLMProcess":
         """Starts the server, and waits until it is up."""
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | _ENVIRONMENT
+        environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(ROOT / "examples")}
         command = ["bash", str(ROOT / "examples" / "serve_vllm.sh"), self.model, *self.options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

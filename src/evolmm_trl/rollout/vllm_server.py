@@ -63,6 +63,9 @@ _POLL, _PROGRESS = 0.5, 10.0
 _DYING = 1.0
 # Answers to anything but a generation are short
 _SHORT_ANSWER = 4 * 1024 * 1024
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# Where `examples/vllm_adapter_upload.py` takes adapters
+_UPLOADS = "/evolmm/adapters"
 # Put into every adapter folder; only folders that hold it are deleted
 _MARK = ".evolmm_trl_adapter"
 _IMAGES_REMEMBERED = 100_000
@@ -153,7 +156,7 @@ class VLLMServers:
         image_token_id (`int`):
             The token that stands for the image in a prompt, as often as it has patches.
         adapter_dir (`str` or `Path`):
-            Folder for the adapters, which the servers must be able to read under the same path.
+            Folder for the adapters. Servers read it under the same path, unless they take uploads.
         start_timeout (`float`, *optional*, defaults to `240.0`):
             Seconds to wait for a server that is starting or has died.
         request_timeout (`float`, *optional*, defaults to `600.0`):
@@ -327,9 +330,7 @@ class VLLMServers:
         (folder / _MARK).touch()
         self._made.append(adapter)
         save(folder)
-        missing = [
-            file for file in ("adapter_config.json", "adapter_model.safetensors") if not (folder / file).is_file()
-        ]
+        missing = [file for file in _FILES if not (folder / file).is_file()]
         if missing:
             raise ValueError(f"`save` has not written {' and '.join(missing)} into the folder it was given.")
         self._on_all(lambda server: self._load(server, adapter))
@@ -363,25 +364,41 @@ class VLLMServers:
         with server.loading:
             if adapter.name in server.loaded:
                 return
-            body = {"lora_name": adapter.name, "lora_path": adapter.folder}
+            body = {"lora_name": adapter.name, "lora_path": self._place(server, adapter)}
             status, text = self._call(server, "POST", "/v1/load_lora_adapter", body, self.start_timeout)
             # A server that was only out of reach has it still, and another process may have been faster
             if status != 200 and adapter.name not in {card.get("id") for card in self._models(server)}:
                 raise VLLMError(
                     f"The vLLM server at {server.url} does not load the adapter {adapter.folder}: {_shown(text)}. It must "
                     "be started with --enable-lora, with a --max-lora-rank of at least the adapter's rank, and be able to "
-                    "read this folder under this path."
+                    "read this folder under this path, or take uploads (docs/vllm.md)."
                 )
             if not server.checked:
                 self._check_logps(server, adapter)
                 server.checked = True
             server.loaded.add(adapter.name)
 
+    def _place(self, server: "_Server", adapter: ServedAdapter) -> str:
+        """The folder in which a server finds an adapter: this one, or where it puts what is uploaded."""
+        if server.takes_uploads is None:
+            status, _ = self._call(server, "GET", _UPLOADS)
+            server.takes_uploads = status == 200
+        folder = adapter.folder
+        if server.takes_uploads:
+            for file in _FILES:
+                content = Path(adapter.folder, file).read_bytes()
+                path = f"{_UPLOADS}/{adapter.name}/{file}"
+                status, text = self._call(server, "PUT", path, content, self.start_timeout)
+                if status != 200:
+                    raise VLLMError(f"The vLLM server at {server.url} does not take {file}: {_shown(text)}.")
+                folder = _json(server, text).get("folder")
+        return folder
+
     def _check_logps(self, server: "_Server", adapter: ServedAdapter) -> None:
         """Raises a `VLLMError` unless the only token that is allowed has the log-prob 0."""
         sampling = {"max_tokens": 1, "temperature": 1.0, "allowed_token_ids": [0], "logprobs": 0, "ignore_eos": True}
         body = {"model": adapter.name, "token_ids": [0], "sampling_params": sampling}
-        status, text = self._call(server, "POST", _GENERATE, body, self.request_timeout)
+        status, text = self._call(server, "POST", _GENERATE, body, self.start_timeout)
         if status != 200:
             raise VLLMError(f"The vLLM server at {server.url} answers {status} to a first request: {_shown(text)}.")
         (completion,) = _completions(server, text, 1)
@@ -402,6 +419,9 @@ class VLLMServers:
                 continue  # it comes back without adapters, or with one that nobody asks for
             if status not in (200, 404):
                 raise VLLMError(f"The vLLM server at {server.url} does not unload {adapter.name}: {_shown(text)}.")
+            if server.takes_uploads:
+                with suppress(_Gone):
+                    self._call(server, "DELETE", f"{_UPLOADS}/{adapter.name}")
         self._made = [made for made in self._made if made != adapter]
         folder = Path(adapter.folder)
         if folder.parent == self.adapter_dir and _is_ours(folder):
@@ -554,7 +574,7 @@ class VLLMServers:
     ) -> list[VLLMCompletion]:
         tokens = len(request.prompt_ids) + request.samples * request.config.max_new_tokens
         limit = _SHORT_ANSWER + 512 * tokens
-        status, text = self._call(server, "POST", _GENERATE, body, self.request_timeout, limit)
+        status, text = self._call(server, "POST", _GENERATE, body, self.request_timeout, limit, raise_slow=True)
         if status == 404 and adapter.name not in {card.get("id") for card in self._models(server)}:
             # It was started anew between two requests
             raise _Gone(f"it knows no adapter {adapter.name}")
@@ -604,6 +624,7 @@ class VLLMServers:
             server.down_since = time.monotonic()
             server.loaded.clear()
             server.checked = False
+            server.takes_uploads = None
         threading.Thread(target=self._watch, args=(server,), daemon=True, name=f"watch {server.url}").start()
 
     def _watch(self, server: "_Server") -> None:
@@ -662,11 +683,12 @@ class VLLMServers:
         server: "_Server",
         method: str,
         path: str,
-        body: dict | str | None = None,
+        body: dict | str | bytes | None = None,
         timeout: float = 60.0,
         limit: int = _SHORT_ANSWER,
+        raise_slow: bool = False,
     ) -> tuple[int, str]:
-        """Status and text of an answer. Without one it raises [`_Gone`], and of a generation that is slow `TimeoutError`."""
+        """Status and text of an answer. Without one it raises [`_Gone`], or with `raise_slow` a `TimeoutError` if it is late."""
         end = time.monotonic() + timeout
         connection = server.connection(timeout)
         with self._changed:
@@ -687,7 +709,7 @@ class VLLMServers:
                     raise TimeoutError
             return answer.status, b"".join(chunks).decode("utf-8", "replace")
         except TimeoutError:
-            if path == _GENERATE and connection.sock is not None:
+            if raise_slow and connection.sock is not None:
                 raise
             raise _Gone(f"no answer to {path} in {timeout:.0f} s") from None
         except (OSError, http.client.HTTPException) as error:
@@ -748,6 +770,7 @@ class _Server:
         self.loading = threading.RLock()
         self.loaded: set[str] = set()
         self.checked = False
+        self.takes_uploads: bool | None = None
 
 
 def image_url(image: Image.Image) -> str:
@@ -825,9 +848,9 @@ def _is_ours(folder: Path) -> bool:
     return not folder.is_symlink() and folder.is_dir() and (folder / _MARK).is_file()
 
 
-def _encoded(body: dict | str | None) -> bytes | None:
-    if body is None:
-        return None
+def _encoded(body: dict | str | bytes | None) -> bytes | None:
+    if body is None or isinstance(body, bytes):
+        return body
     return (body if isinstance(body, str) else json.dumps(body)).encode()
 
 
