@@ -173,10 +173,23 @@ def test_a_file_of_strangers(folder, capsys):
     assert all(len(record["completions"]) == 2 and "agreement" in record for record in records)
     out, err = capsys.readouterr()
     assert out == "" and "2 answered, 9 skipped" in err
-    for number, reason in [(2, "20,000 characters"), (3, "surrogate"), (4, "missing"), (5, "missing"), (7, "lacks")]:
+    for number, reason in [(2, "20,000 characters"), (3, "broken"), (4, "missing"), (5, "missing"), (7, "lacks")]:
         assert any(f"rows.jsonl:{number}" in line and reason in line for line in err.splitlines()), number
     assert "broken.png: unreadable image" in err
     assert "\x1b" not in err and max(map(len, err.splitlines())) < 500
+
+
+def test_a_row_may_name_images_of_the_root_alone(folder, tmp_path, capsys, monkeypatch):
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    image = elsewhere / "0.png"
+    image.write_bytes((folder / "charts" / "0.png").read_bytes())
+    (here / "rows.jsonl").write_text(json.dumps({"image": str(image), "question": "blue"}))
+    monkeypatch.chdir(here)
+    assert evolmm_ask("--input", "rows.jsonl") == 1
+    assert "0.png'): path outside the image root; --image_root" in capsys.readouterr().err
+    assert evolmm_ask("--input", "rows.jsonl", "--image_root", elsewhere) == 0
 
 
 def test_nothing_answered_is_a_failure(tmp_path, capsys):
@@ -201,7 +214,22 @@ def test_the_adapter_answers(folder, capsys, tmp_path):
     assert evolmm_ask("--image", image, "blue", "--json") == 0
     base = json.loads(capsys.readouterr().out)["completions"]
     assert evolmm_ask("--adapter", tmp_path, "--image", image, "blue", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["completions"] != base
+    adapted = json.loads(capsys.readouterr().out)["completions"]
+    assert adapted != base
+
+    # The prompts that were saved with it, and a word where none were
+    alone = ("ask", "--model", MODEL, "--adapter", str(tmp_path), "--image", str(image), "blue", "--json")
+    (tmp_path / "evolmm_prompts.json").write_text((DEMO / "prompts.json").read_text())
+    assert cli.main([*alone, "--max_new_tokens", "32"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["completions"] == adapted and "does not say" not in err
+    (tmp_path / "evolmm_prompts.json").unlink()
+    assert cli.main([*alone, "--max_new_tokens", "32"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["completions"] != adapted and "does not say with which prompts it was trained" in err
+    (tmp_path / "evolmm_prompts.json").write_text("{")
+    assert cli.main([*alone]) == 1
+    assert "is not JSON" in capsys.readouterr().err
 
     assert evolmm_ask("--adapter", tmp_path / "nothing", "--image", image, "blue") == 1
     assert "neither a folder nor a repository on the Hub" in capsys.readouterr().err

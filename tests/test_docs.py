@@ -16,7 +16,7 @@ import ast
 import importlib
 import re
 import shlex
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from statistics import fmean
 
@@ -25,7 +25,7 @@ from trl import GRPOConfig
 
 import evolmm_trl
 from evolmm_trl import EvoLMMConfig, cli, proposer_reward, solver_rewards, sr2se, vote
-from evolmm_trl.training import launch_options, make_parser
+from evolmm_trl.training import TrainArguments, launch_options, make_parser
 
 
 ROOT = Path(__file__).parent.parent
@@ -121,6 +121,18 @@ def test_the_messages_explained_are_those_of_the_code():
     assert len(messages) > 15
     parts = [part.strip(" ,") for message in messages for part in message.split("...")]
     assert [part for part in parts if part not in source] == []
+
+
+# The command line
+
+
+def test_the_options_of_train_itself_are_documented_with_their_defaults():
+    rows = (cells(line) for line in section((ROOT / "docs" / "command_line.md").read_text(), "Train").splitlines())
+    documented = {row[0].strip("`")[2:]: row[1].strip("`") for row in rows if row[0].startswith("`--")}
+    defaults = {
+        field.name: "" if field.default in (MISSING, None) else str(field.default) for field in fields(TrainArguments)
+    }
+    assert documented == defaults
 
 
 # Every page

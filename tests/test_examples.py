@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_qwen2_5_vl
 from transformers import AutoModelForImageTextToText
 
-from evolmm_trl import load_processor, training
+from evolmm_trl import RolePrompts, load_processor, load_prompts, training
 from evolmm_trl.commands import UsageError
 from evolmm_trl.sr2se import EarlyExitReasoner
 
@@ -210,6 +210,7 @@ def test_the_script_takes_a_recipe_evaluates_trains_both_roles_and_resumes(workp
     (workplace / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     run(workplace, "-m", "evolmm_trl.cli", "train", "--config", "recipe.yaml")
     finished = {role: load_role(DEMO_MODEL, workplace / "recipe", role) for role in ("solver", "proposer")}
+    assert load_prompts(str(workplace / "recipe")) == RolePrompts(**recipe["prompts"])
     for tensors in finished.values():
         assert adapted_modules(tensors) == {"q_proj", "v_proj"}
         assert has_moved(tensors)

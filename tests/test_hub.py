@@ -113,7 +113,14 @@ def test_the_stand_in_knows_all_that_was_asked_of_it(hub, pulled):
 def test_the_repository_is_the_output_folder(hub, folder, pushed):
     repo, local = hub.repos["alice/whole"], files_of(folder / "whole")
     assert pushed["whole"] == "alice/whole" and not repo.private
-    for name in (*ROLES, "adapter_config.json", "proposer/adapter_config.json", "README.md", "rollouts.jsonl"):
+    for name in (
+        *ROLES,
+        "adapter_config.json",
+        "proposer/adapter_config.json",
+        "README.md",
+        "evolmm_prompts.json",
+        "rollouts.jsonl",
+    ):
         assert repo.files[name] == local[name]
     assert not any(name.startswith(("checkpoint-", "_")) for name in repo.files)
     assert any(name.startswith("_report/images/") for name in local)  # which are private
@@ -125,7 +132,7 @@ def test_the_repository_is_the_output_folder(hub, folder, pushed):
 def test_every_save_pushes_both_roles_of_that_save_with_the_card_and_the_log(hub, folder, pushed, step):
     repo, checkpoint = hub.repos["alice/whole"], folder / "whole" / f"checkpoint-{step}"
     files = repo.commits[repo.messages.index(f"Training in progress, step {step}")]
-    for name in (*ROLES, "README.md"):
+    for name in (*ROLES, "README.md", "evolmm_prompts.json"):
         assert files[name] == (checkpoint / name).read_bytes()
     log = files["rollouts.jsonl"]
     assert len(log) == json.loads((checkpoint / "evolmm_state.json").read_text())["rollout_log_bytes"]

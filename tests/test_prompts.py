@@ -278,6 +278,10 @@ def test_given_prompts_replace_the_defaults_one_by_one():
     prompts = RolePrompts.from_dict({"proposer": "Ask."})
     assert prompts == RolePrompts(proposer="Ask.")
     assert prompts.solver == RolePrompts().solver
+    assert RolePrompts.from_dict({"system": None}).system is None
+    for wrong in ({"solver": None}, {"proposer": 5}, {5: "Ask."}, ["Ask."], "Ask."):
+        with pytest.raises(ValueError, match="prompt"):
+            RolePrompts.from_dict(wrong)
     assert RolePrompts.from_dict(None) == RolePrompts.from_dict({}) == RolePrompts()
 
 

@@ -41,7 +41,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "sr2se.sr_dpo": ["SRDPOConfig", "SRDPOTrainer"],
         "report": ["write_report"],
         "rewards": ["discrete_proposer_reward", "discrete_solver_rewards", "proposer_reward", "solver_rewards"],
-        "solver": ["load_solver", "merge_solver"],
+        "solver": ["load_prompts", "load_solver", "merge_solver"],
         "trainer": ["EvoLMMTrainer"],
         "voting": ["Vote", "vote"],
     },

@@ -17,6 +17,7 @@
 import json
 import logging
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from transformers.trainer_utils import HubStrategy
 
 from .engines import load_fsdp2_optimizer
 from .model_card import write_model_card
+from .prompts import PROMPTS_NAME
 from .role_adapters import ADAPTER_OF, load_role_adapters
 from .schedule import PROPOSER, ROLES
 from .state import STATE_NAME, load_samples, save_samples
@@ -40,7 +42,9 @@ class RoleCheckpoints:
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            write_model_card(self, Path(output_dir or self.args.output_dir))
+            folder = Path(output_dir or self.args.output_dir)
+            write_model_card(self, folder)
+            (folder / PROMPTS_NAME).write_text(json.dumps(asdict(self.prompts), indent=2) + "\n")
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs) -> None:
         """Writes this trainer's model card to `args.output_dir`."""
@@ -86,7 +90,8 @@ class RoleCheckpoints:
             self._finish_current_push()  # it reads the folder that is now written anew
         output_dir, folder = args.output_dir, Path(args.output_dir) / "_push"
         folder.mkdir(exist_ok=True)
-        shutil.copy(Path(checkpoint_folder) / "README.md", folder)
+        for name in ("README.md", PROMPTS_NAME):
+            shutil.copy(Path(checkpoint_folder) / name, folder)
         if self.roles.separate:
             proposer = ADAPTER_OF[PROPOSER]
             shutil.copytree(Path(checkpoint_folder) / proposer, folder / proposer, dirs_exist_ok=True)

@@ -17,6 +17,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from types import NoneType
 from typing import TypeVar
 
 
@@ -35,6 +36,9 @@ _SOLVER_PROMPT = (
     "Question: {question}"
 )
 _DEFAULT_QUESTION = "What is the most prominent thing in this image?"
+
+# What the roles were asked in training, beside what was trained
+PROMPTS_NAME = "evolmm_prompts.json"
 
 _OPEN_QUESTION = re.compile(r"<question>", re.IGNORECASE)
 _CLOSE_QUESTION = re.compile(r"</question>", re.IGNORECASE)
@@ -55,11 +59,16 @@ class Prompts:
     @classmethod
     def from_dict(cls: type[_Prompts], prompts: Mapping[str, str] | None) -> _Prompts:
         """The default prompts with those in `prompts` replaced. An unknown name raises a `ValueError`."""
+        if not isinstance(prompts, (Mapping, NoneType)):
+            raise ValueError(f"The prompts are a {type(prompts).__name__}, expected names with their texts.")
         prompts = dict(prompts or {})
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(prompts) - set(known))
+        defaults = {field.name: field.default for field in fields(cls)}
+        unknown = sorted(set(prompts) - set(defaults), key=str)
         if unknown:
-            raise ValueError(f"Unknown names in `prompts`: {unknown}. Expected some of {known}.")
+            raise ValueError(f"Unknown names in `prompts`: {unknown}. Expected some of {list(defaults)}.")
+        for name, text in prompts.items():
+            if not isinstance(text, str) and not (text is None and defaults[name] is None):
+                raise ValueError(f"The prompt {name!r} is {text!r}, expected a text.")
         return cls(**prompts)
 
 

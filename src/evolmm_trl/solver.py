@@ -24,8 +24,10 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForImageTextToText
+from transformers.utils import cached_file
 
 from .processing import HUB_KWARGS, load_processor
+from .prompts import PROMPTS_NAME, RolePrompts
 
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,39 @@ def load_role(base: str, adapter: str | None, role: str, **kwargs):
         model = _with_adapter(model, folder, base)
     processor = load_processor(base, **{name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
     return model.eval(), processor
+
+
+def load_prompts(trained: str, **kwargs) -> RolePrompts | None:
+    """
+    The prompts that a model was trained with, which it is best asked with.
+
+    Args:
+        trained (`str`):
+            Id or path of what was trained: the adapters, or a model of which all weights were.
+        **kwargs:
+            About the Hub: `token`, `cache_dir`, `local_files_only`.
+
+    Returns:
+        [`RolePrompts`] or `None`: `None` if what was trained does not say, as in the authors' layout.
+
+    Raises:
+        `ValueError`: if the file holds something else.
+    """
+    path = cached_file(
+        str(trained),
+        PROMPTS_NAME,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **kwargs,
+    )
+    if path is None:
+        return None
+    try:
+        prompts = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}. Delete it, or pass the prompts yourself.") from error
+    return RolePrompts.from_dict(prompts)
 
 
 def _with_adapter(model, folder: Path, base: str) -> PeftModel:

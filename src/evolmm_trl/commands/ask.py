@@ -52,11 +52,16 @@ def add_command(commands) -> None:
     parser.add_argument(
         "--input", metavar="FILE", help="JSONL with image (a path from the file's folder) and question"
     )
+    parser.add_argument(
+        "--image_root", metavar="FOLDER", help="where the images of --input may be (the file's folder, this folder)"
+    )
     parser.add_argument("--samples", type=positive, default=1, metavar="N", help="answers per question (1, greedy)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of several samples (1.0)")
     parser.add_argument("--json", action="store_true", help="print a JSON object per question")
     parser.add_argument("--output", metavar="FILE", help="write the JSON objects to a file instead of printing")
-    parser.add_argument("--prompts", metavar="FILE", help="JSON or YAML with the prompts that it was trained with")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="JSON or YAML with its prompts (those that were saved with what was trained)"
+    )
     parser.add_argument("--max_new_tokens", type=positive, default=128, help="longest answer, in tokens (128)")
     parser.add_argument(
         "--max_pixels", type=positive, default=1_003_520, help="shrink larger images to this area (1003520)"
@@ -82,8 +87,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from ..solver import load_solver
 
     rows, total = _rows(arguments)
-    prompts = _prompts(arguments.prompts)
     options = {"device_map": "auto"} if torch.accelerator.is_available() else {}
+    prompts = _prompts(arguments)
     model, processor = load_solver(arguments.model, arguments.adapter, dtype=arguments.dtype, **options)
     names = ("samples", "temperature", "max_new_tokens", "max_pixels", "batch_size", "seed")
     settings = {name: getattr(arguments, name) for name in names}
@@ -136,7 +141,7 @@ def _rows(arguments: argparse.Namespace) -> tuple[Iterator, int]:
     from ..sr2se.rows import Row, read_rows
 
     if arguments.input is not None:
-        rows = read_rows(arguments.input, ("question",), Path(arguments.input).parent)
+        rows = read_rows(arguments.input, ("question",), Path(arguments.input).parent, arguments.image_root)
         with open(arguments.input, "rb") as file:
             return rows, sum(bool(line.strip()) for line in file)
     path = Path(arguments.image)
@@ -156,7 +161,8 @@ def _usable(rows: Iterator, processor, arguments: argparse.Namespace) -> Iterato
 
     for row in rows:
         if isinstance(row, BadRow):
-            yield f"{visible(row.where, 200)}: {visible(row.reason)}"
+            cure = "; --image_root names another" if row.reason == "path outside the image root" else ""
+            yield f"{visible(row.where, 300)}: {visible(row.reason)}{cure}"
             continue
         try:
             question = row.question or arguments.question
@@ -174,19 +180,26 @@ def _batches(entries: Iterator, size: int) -> Iterator[list]:
         yield batch
 
 
-def _prompts(path: str | None):
+def _prompts(arguments: argparse.Namespace):
     import yaml
 
     from ..prompts import RolePrompts
+    from ..solver import load_prompts
 
+    path, trained = arguments.prompts, arguments.adapter or arguments.model
     if path is None:
-        return RolePrompts()
+        prompts = load_prompts(trained)
+        if prompts is None and arguments.adapter is not None:
+            print(
+                f"{visible(trained)} does not say with which prompts it was trained: it is asked with the default ones. "
+                "--prompts names a file with others.",
+                file=sys.stderr,
+            )
+        return prompts or RolePrompts()
     try:
         prompts = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is neither JSON nor YAML: {error}") from error
-    if not isinstance(prompts, dict):
-        raise UsageError(f'{path} holds no prompts by name, such as {{"solver": "... {{question}} ..."}}.')
     return RolePrompts.from_dict(prompts)
 
 

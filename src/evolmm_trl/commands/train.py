@@ -35,6 +35,7 @@ options that matter first:
   --num_generations N             answers per question, the N of the vote
   --per_device_train_batch_size N answers of a process at a time
   --eval_dataset QUESTIONS        labelled questions: without them only agreement is known, not accuracy
+  --collapse_guard stop           or rewind: end the run when it collapses
   --report_to tensorboard         or wandb, trackio
   --resume_from_checkpoint true   go on from the newest checkpoint in --output_dir
   --push_to_hub                   upload the result
