@@ -21,10 +21,11 @@ import pytest
 from report_runs import add_pictures, record, write_history, write_run
 
 from evolmm_trl.cli import main
+from evolmm_trl.health.run import RunHealth
 from evolmm_trl.monitor import Rollout, rollout_metrics
 from evolmm_trl.prompts import Answer, Question
 from evolmm_trl.report import write_report
-from evolmm_trl.report.log import Thinned, question_kind, read_run, shown, to_json
+from evolmm_trl.report.log import Thinned, read_run, shown, to_json
 from evolmm_trl.voting import vote
 
 
@@ -54,11 +55,13 @@ def test_curves_are_the_metrics_that_the_trainer_logs(tmp_path):
             question=question,
             completions=["" for _ in answers],
             answers=[Answer(text, words) for text, words in answers],
+            tokens=[1 for _ in answers],
             vote=vote([text for text, _ in answers]),
             solver_rewards=rewards,
             solver_advantages=rewards,
             proposer_reward=reward,
             proposer_advantage=0.0,
+            blind_answers=None,
             solver_step=1,
             proposer_step=None,
         )
@@ -72,8 +75,9 @@ def test_curves_are_the_metrics_that_the_trainer_logs(tmp_path):
     }
     records = {step: [each.record(step) for each in rollouts] for step, rollouts in steps.items()}
     run = read(write_run(tmp_path, [line for lines in records.values() for line in lines]))
+    health = RunHealth()
     for step, lines in records.items():
-        metrics = rollout_metrics(lines)
+        metrics = {**rollout_metrics(lines), **health.observe(lines)}
         for name, curve in run.curves.items():
             assert dict(curve)[step] == pytest.approx(metrics[name]), name
     assert set(run.curves) >= {"solver/reward", "proposer/reward", "agreement", "answer_entropy", "distinct_questions"}
@@ -157,7 +161,20 @@ def test_the_trainers_history_adds_what_only_it_knows(tmp_path):
     assert run.curves["eval_accuracy_greedy"] == [(1, 0.5)]
     assert run.curves["agreement"][0] == (1, 0.6)  # the log's, which has every step
     assert run.trainer_steps == 3
+    assert run.alarm == "step 2: solver/kl was nan at step 2"
     assert "KL to the base model" in write_report(folder).read_text(encoding="utf-8")
+
+
+def test_the_page_says_where_a_guard_would_have_ended_the_run(tmp_path):
+    folder = write_run(tmp_path, [record(step) for step in range(1, 21)])
+    rows = [
+        {"step": step, "solver/kl": 0.01 if step < 10 else 0.9, "eval_accuracy_greedy": 0.5} for step in range(1, 21)
+    ]
+    page = write_report(folder, history=[{"step": 1, "solver/kl": "x", "loss": 10**400}, *rows]).read_text()
+    (note,) = re.findall(r"CollapseGuard, with its default thresholds, raises its alarm at step (\d+): ([^<]*)", page)
+    assert 12 <= int(note[0]) <= 16 and "solver/kl was" in note[1]
+    calm = write_report(folder, history=rows[:9]).read_text()
+    assert "CollapseGuard" not in calm
 
 
 def test_a_history_that_is_missing_or_ends_early_is_said_to(tmp_path):
@@ -188,29 +205,6 @@ def test_json_in_a_page_ends_no_block_and_reads_back_as_it_was(text):
     assert json.loads(encoded) == {text: [text]}
 
 
-@pytest.mark.parametrize(
-    ("question", "kind"),
-    [
-        ("How many cats are there?", "counting"),
-        ("Is the red bar taller than the blue one?", "comparison"),
-        ("Which bar is the tallest?", "extreme"),
-        ("What is the most interesting forest?", "extreme"),
-        ("What is in the forest?", "what or which"),
-        ("What colour is the car?", "colour"),
-        ("What is the value of red?", "value"),
-        ("Is it raining?", "yes or no"),
-        ("Where is the dog?", "where"),
-        ("In what year was it built?", "when"),
-        ("Who wrote it?", "who"),
-        ("Why is he sad?", "why or how"),
-        ("Describe the image.", "other"),
-        ("", "other"),
-    ],
-)
-def test_kinds_of_questions(question, kind):
-    assert question_kind(question) == kind
-
-
 # What the page holds
 
 
@@ -233,6 +227,7 @@ def test_small_runs_are_shown_whole_with_all_their_answers(tmp_path):
         record(1, question="Which?", question_well_formed=False, question_completion="Well <b>"),
         record(3, image_digest="f" * 32),
     ]
+    records[2]["blind_answers"] = ["4", "7", "7", None]
     records[0]["answers"][1].update(completion="<answer>4</answer>", reward=None)
     data = data_of(write_report(write_run(tmp_path, records)))
     (run,) = data["runs"]
@@ -245,9 +240,9 @@ def test_small_runs_are_shown_whole_with_all_their_answers(tmp_path):
         ["4", "<answer>4</answer>", None, 1],
         [None, "none", 0.0, 1],
     ]
-    assert second[3:6] == ["Which?", "Well <b>", "what or which"]
-    assert third[1] is None
-    assert run["kinds"] == [["counting", 2], ["what or which", 1]]
+    assert second[3:6] == ["Which?", "Well <b>", "what"]
+    assert (first[11:], third[1], third[11:]) == ([3, None], None, [5, ["7", 2, 4]])
+    assert run["kinds"] == [["counting", 2], ["what", 1]]
 
 
 def long_record(step, digest):

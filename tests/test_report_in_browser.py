@@ -123,6 +123,7 @@ def evil(tmp_path_factory):
             image_id=text,
             image_digest=[text, *digests][i % 3],
             answers=[text, text, None],
+            blind_answers=[text, None],
         )
         for answer in rollout["answers"]:
             answer["completion"] = text

@@ -157,8 +157,10 @@ def _facts(run: Run) -> str:
 
 
 def _notes(run: Run, of_several: bool) -> list[str]:
-    """What a reader must know about what is not there."""
+    """What a reader must know first."""
     notes = []
+    if run.alarm is not None:
+        notes.append(f"CollapseGuard, with its default thresholds, raises its alarm at {run.alarm}.")
     if run.broken:
         lines = "line of the log is" if run.broken == 1 else "lines of the log are"
         notes.append(f"{run.broken:,} {lines} no rollout and left out.")

@@ -108,21 +108,34 @@ CHARTS = (
         (("solver", "solver/beta", "solver"), ("proposer", "proposer/beta", "proposer")),
     ),
     Chart(
-        "Questions",
-        "Distinct questions as a share of a step's, and those that do not follow the form asked for.",
-        (("distinct", "distinct_questions", "proposer"), ("malformed", "malformed_questions", "third")),
+        "New questions",
+        "Different ones among the last 64, and those that were never asked before in the run. A proposer that repeats "
+        "itself takes both to 0.",
+        (("different", "distinct_questions", "proposer"), ("never asked before", "novel_questions", "third")),
         share=True,
     ),
     Chart(
-        "Unreadable answers",
-        "Share of the answers in which none could be found. They agree with nobody.",
-        (("unreadable", "unreadable", "solver"),),
+        "Likeness of the questions",
+        "Self-BLEU: 1 if each question is made of pieces of others, as from one template.",
+        (("self-BLEU", "question_self_bleu", "proposer"),),
         share=True,
     ),
     Chart(
-        "Words before the answer",
-        "How much the solver writes before it answers.",
-        (("words", "words_before_answer", "solver"),),
+        "Solved without the image",
+        "Share of the questions whose majority answer is the same when the image is not shown.",
+        (("solved blind", "blind_solved", "proposer"),),
+        share=True,
+    ),
+    Chart(
+        "Lost form",
+        "Answers that cannot be read, which agree with nobody, and questions that do not follow the form asked for.",
+        (("unreadable answers", "unreadable", "solver"), ("malformed questions", "malformed_questions", "proposer")),
+        share=True,
+    ),
+    Chart(
+        "Length of the answers",
+        "Tokens, and words before the answer.",
+        (("tokens", "answer_tokens", "solver"), ("words before the answer", "words_before_answer", "third")),
     ),
     Chart(
         "Gradient norm",

@@ -17,7 +17,7 @@
 import json
 import re
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +25,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from ..health.questions import question_kind
+from ..health.run import RECENT_QUESTIONS
 from ..thumbnails import REPORT_FOLDER, read_thumbnail
 
 
@@ -46,29 +48,6 @@ _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
-
-_KINDS = (
-    ("counting", r"\bhow many\b|\bnumber of\b|\bcount\b"),
-    (
-        "comparison",
-        r"\b(more|less|fewer|larger|smaller|greater|higher|lower|taller|shorter)\b.*\bthan\b|\bdifference\b",
-    ),
-    ("extreme", r"\b(?!inter|for|re)[a-z]+est\b|\bmost\b|\bleast\b|\bmaximum\b|\bminimum\b"),
-    ("colour", r"\bcolou?rs?\b"),
-    ("value", r"\bhow much\b|\bvalue\b|\bpercent\w*\b|\btotal\b|\bsum\b|\baverage\b|\bratio\b"),
-    ("yes or no", r"^\W*(is|are|was|were|do|does|did|can|could|has|have|will|would)\b"),
-    ("where", r"\bwhere\b"),
-    ("when", r"\bwhen\b|\bwhat (year|date|time|month|day)\b"),
-    ("who", r"\bwho(se|m)?\b"),
-    ("why or how", r"^\W*(why|how)\b"),
-    ("what or which", r"\b(what|which)\b"),
-)
-
-
-def question_kind(question: str) -> str:
-    """The first of a list of patterns that a question matches; `"other"` for none."""
-    text = question[:_LONGEST_QUESTION].lower()
-    return next((name for name, pattern in _KINDS if re.search(pattern, text)), "other")
 
 
 def shown(text: str, longest: int) -> str:
@@ -146,6 +125,8 @@ class Run:
             Most answers to one question.
         trainer_steps (`int`):
             Last step of the trainer's history; 0 if there is none.
+        alarm (`str` or `None`):
+            Where [`CollapseGuard`], with its default thresholds, would have ended the run, and why.
         kinds (`Counter`):
             Rollouts by kind of question.
         pictured (`Thinned`), others (`Thinned`):
@@ -164,6 +145,7 @@ class Run:
     entropies: array = field(default_factory=lambda: array("d"))
     votes: int = 1
     trainer_steps: int = 0
+    alarm: str | None = None
     kinds: Counter = field(default_factory=Counter)
     pictured: Thinned = field(default_factory=lambda: Thinned(0))
     others: Thinned = field(default_factory=lambda: Thinned(0))
@@ -209,13 +191,11 @@ def read_run(
     run.pictured, run.others = Thinned(text_budget * 2 // 3), Thinned(text_budget // 3)
     missing: set[str] = set()
     steps: dict[int, _Sums] = defaultdict(_Sums)
-    last_step, questions = None, set()
+    recent: deque[str] = deque(maxlen=RECENT_QUESTIONS)
     for rollout in _rollouts(log, run):
         run.rollouts += 1
-        if rollout.step != last_step:
-            last_step, questions = rollout.step, set()
-        steps[rollout.step].add(rollout, rollout.question not in questions)
-        questions.add(rollout.question)
+        recent.append(rollout.question)
+        steps[rollout.step].add(rollout, len(set(recent)) / len(recent))
         run.rollout_steps.append(rollout.step)
         run.entropies.append(rollout.entropy)
         run.votes = max(run.votes, len(rollout.answers))
@@ -253,6 +233,7 @@ class _Rollout:
     agreement: float
     entropy: float
     proposer_reward: float
+    blind_answers: list[str | None] | None
     answers: list[tuple[str | None, str, float | None, float]]  # canonical, completion, reward, words before
 
     @staticmethod
@@ -270,6 +251,7 @@ class _Rollout:
             agreement=_number(record["agreement"], 0, 1),
             entropy=_number(record["entropy"], 0, 20),
             proposer_reward=_number(record["proposer_reward"], -1e6, 1e6),
+            blind_answers=_blind(record.get("blind_answers")),
             answers=[
                 (
                     None if answer["canonical"] is None else _text(answer["canonical"]),
@@ -283,7 +265,7 @@ class _Rollout:
 
     @property
     def kind(self) -> str:
-        return question_kind(self.question)
+        return question_kind(self.question[:_LONGEST_QUESTION]).replace("_", " ")
 
     def as_shown(self, pictured: bool) -> list:
         """What the page's script reads, in its order."""
@@ -308,7 +290,13 @@ class _Rollout:
             None if self.majority is None else shown(self.majority, _LONGEST_NAME),
             [[*group, count] for group, count in groups.most_common(_MOST_COMPLETIONS)],
             len(self.answers),
+            None if self.blind_answers is None else self._shown_blind(),
         ]
+
+    def _shown_blind(self) -> list:
+        """The most frequent answer without the image, how often it was given, and of how many."""
+        (answer, count), *_ = Counter(self.blind_answers).most_common(1)
+        return [None if answer is None else shown(answer, _LONGEST_NAME), count, len(self.blind_answers)]
 
 
 class _Sums:
@@ -318,16 +306,16 @@ class _Sums:
         self._of_rollouts = Counter()
         self._of_answers = Counter()
         self._rollouts = self._answers = self._rewarded = 0
-        self._rewards = 0.0
+        self._rewards = self._distinct = 0.0
 
-    def add(self, rollout: _Rollout, new_question: bool) -> None:
+    def add(self, rollout: _Rollout, distinct: float) -> None:
         self._rollouts += 1
         self._of_rollouts["proposer/reward"] += rollout.proposer_reward
         self._of_rollouts["agreement"] += rollout.agreement
         self._of_rollouts["answer_entropy"] += rollout.entropy
         self._of_rollouts["unanimous"] += rollout.agreement == 1.0
         self._of_rollouts["malformed_questions"] += not rollout.well_formed
-        self._of_rollouts["distinct_questions"] += new_question
+        self._distinct = distinct  # after the last rollout of the step
         for canonical, _, reward, words in rollout.answers:
             self._answers += 1
             self._of_answers["unreadable"] += canonical is None
@@ -339,6 +327,7 @@ class _Sums:
     def means(self) -> dict[str, float]:
         means = {name: total / self._rollouts for name, total in self._of_rollouts.items()}
         means |= {name: total / self._answers for name, total in self._of_answers.items()}
+        means["distinct_questions"] = self._distinct
         if self._rewarded:
             means["solver/reward"] = self._rewards / self._rewarded
         return means
@@ -386,6 +375,11 @@ def _text(value) -> str:
     return value
 
 
+def _blind(answers) -> list[str | None] | None:
+    """The answers without the image, if the question was asked without it."""
+    return None if not answers else [None if answer is None else _text(answer) for answer in answers]
+
+
 def _history(folder: Path, last_step: int) -> list[dict]:
     """The trainer's longest history in a run's folder that is not another, longer run's."""
     best, rows = -1, []
@@ -401,20 +395,34 @@ def _history(folder: Path, last_step: int) -> list[dict]:
 
 
 def _add_history(run: Run, history: Sequence[dict]) -> None:
-    """Adds the metrics that only the trainer knows."""
+    """Adds the metrics that only the trainer knows, and what a guard says of them."""
     known = set(run.curves)
-    for row in history:
-        if not isinstance(row, dict) or not _is_step(row.get("step")):
-            continue
+    rows = [
+        {name: value for name, value in row.items() if isinstance(value, float) or _is_step(value)}
+        for row in history
+        if isinstance(row, dict) and _is_step(row.get("step"))
+    ]
+    for row in rows:
         run.trainer_steps = max(run.trainer_steps, row["step"])
         for metric, value in row.items():
-            if metric not in known and _is_number(value):
+            if metric not in known and -1e300 < value < 1e300:
                 run.curves.setdefault(metric, []).append((row["step"], float(value)))
+    run.alarm = _alarm(rows)
+
+
+def _alarm(rows: Sequence[dict[str, float]]) -> str | None:
+    """Where a guard with its default thresholds would have ended the run."""
+    if not rows:
+        return None
+    from ..health.guard import CollapseGuard  # which imports transformers
+
+    guard = CollapseGuard()
+    alarm = guard.first_alarm(
+        {name: value for name, value in row.items() if name != guard.accuracy or guard.agreement in row}
+        for row in rows
+    )
+    return None if alarm is None else f"step {alarm.step:,}: {alarm.reason}"
 
 
 def _is_step(value) -> bool:
     return isinstance(value, int) and 0 <= value <= _LAST_STEP
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and -1e300 < value < 1e300

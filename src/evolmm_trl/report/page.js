@@ -3,7 +3,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
   const PAGE = data.runs.length > 1 ? 12 : 24; // rollouts of each run
-  const [STEP, IMAGE, NAME, QUESTION, WRITTEN, KIND, AGREEMENT, ENTROPY, REWARD, MAJORITY, ANSWERS, COUNT] = Array(12).keys();
+  const [STEP, IMAGE, NAME, QUESTION, WRITTEN, KIND, AGREEMENT, ENTROPY, REWARD, MAJORITY, ANSWERS, COUNT, BLIND] = Array(13).keys();
   document.documentElement.classList.add("scripted");
 
   // Text of strangers becomes text nodes, and nothing else
@@ -160,8 +160,10 @@
         make("span", "count", `${vote.count} of ${rollout[COUNT]} · ${rewardRange(vote.rewards)}`)));
     }
     const sum = (label, value) => make("span", "", `${label} `, make("b", "", value));
+    const blind = rollout[BLIND] === null ? [] : [make("span", "", "without the image ",
+      foreign("bdi", "blind", rollout[BLIND][0] === null ? "unreadable" : rollout[BLIND][0]), ` ${rollout[BLIND][1]} of ${rollout[BLIND][2]}`)];
     body.append(votes, make("p", "sums", sum("agreement", percent(rollout[AGREEMENT])),
-      sum("entropy", rollout[ENTROPY].toFixed(2)), sum("proposer’s reward", rollout[REWARD].toFixed(2))));
+      sum("entropy", rollout[ENTROPY].toFixed(2)), sum("proposer’s reward", rollout[REWARD].toFixed(2)), ...blind));
     const list = make("ol");
     const details = make("details", "", make("summary", "", `The ${rollout[COUNT]} answers in full`), list);
     details.addEventListener("toggle", () => {
