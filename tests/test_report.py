@@ -318,3 +318,4 @@ def test_the_command_writes_a_page_and_prints_where(tmp_path, capsys):
     assert (tmp_path / "page.html").is_file()
     assert main(["report", str(tmp_path / "nothing")]) == 1
     assert "expected the output_dir of a training run" in capsys.readouterr().err
+    assert main(["report", *[str(folder)] * 3]) == 2

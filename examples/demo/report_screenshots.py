@@ -52,7 +52,7 @@ def train(folder: Path, reward: str) -> None:
     model, processor = load_model(HERE / "models" / "room")
     trainer = EvoLMMTrainer(
         model=model,
-        args=demo_config(folder, reward=reward, eval_strategy="steps", eval_steps=12),
+        args=demo_config(folder, reward=reward, eval_strategy="steps", eval_steps=12, blind_questions=4),
         train_dataset=load_images(make_images(folder.parent / "images", EVOLVE_SEEDS[:1000]), streaming=False),
         eval_dataset=Dataset.from_list(labelled_questions(TEST_SEEDS[:60])),
         processing_class=processor,

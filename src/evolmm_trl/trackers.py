@@ -90,6 +90,8 @@ def _log_to_tensorboard(tracker: TensorBoardCallback, sample: list[tuple[Image.I
 def _log_to_wandb(sample: list[tuple[Image.Image, str]], step: int) -> None:
     import wandb
 
+    if wandb.run is None:  # as with WANDB_MODE=disabled
+        return
     images = [wandb.Image(image, caption=caption) for image, caption in sample]
     wandb.log({"rollouts": images, "train/global_step": step})
 

@@ -16,6 +16,8 @@
 
 import argparse
 
+from . import UsageError
+
 
 def add_command(commands) -> None:
     """Adds `report` to the parser of `evolmm`."""
@@ -38,6 +40,8 @@ def add_command(commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    if len(arguments.folders) > 2:
+        raise UsageError(f"A page is about one run or two, not {len(arguments.folders)}.")
     from ..report import write_report
 
     print(write_report(arguments.folders, arguments.output))

@@ -74,11 +74,13 @@
       byId("gallery").scrollIntoView();
       byId("gallery").focus({ preventScroll: true });
     };
+    // A finger reads values, which stay when it is lifted; it scrolls too often by chance to lead elsewhere
+    let touched = false;
     plot.addEventListener("pointermove", point);
-    plot.addEventListener("pointerdown", point);
-    plot.addEventListener("pointerleave", hide);
+    plot.addEventListener("pointerdown", (event) => { touched = event.pointerType === "touch"; point(event); });
+    plot.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") hide(); });
     plot.addEventListener("blur", hide);
-    plot.addEventListener("click", (event) => { if (event.pointerType !== "touch") choose(); });
+    plot.addEventListener("click", () => { if (!touched) choose(); });
     plot.addEventListener("keydown", (event) => {
       const i = current === null ? steps.length - 1 : steps.indexOf(current);
       const to = { ArrowLeft: i - 1, ArrowRight: i + 1, Home: 0, End: steps.length - 1 }[event.key];
