@@ -12,11 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import itertools
 import json
 import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import PIL.Image
@@ -35,7 +37,7 @@ from evolmm_trl.sr2se import (
     SubPolicyPrompts,
     build_pairs,
 )
-from evolmm_trl.sr2se.generation import Completion
+from evolmm_trl.sr2se.generation import Completion, generate
 from evolmm_trl.sr2se.refinement import PairMaker, is_valid, states_answer
 from evolmm_trl.sr2se.rows import BadRow, Row, read_rows
 
@@ -195,6 +197,21 @@ def test_validation_is_greedy_or_m_of_n(policies, monkeypatch):
     assert asked == [(1, 0.0), (3, 0.7), (3, 0.7)]
     with pytest.raises(ValueError, match="validation_required"):
         RefinementConfig(validation_samples=2, validation_required=3)
+
+
+def test_the_truth_is_in_no_prompt(policies, data, monkeypatch):
+    """It judges descriptions; a model that were told it would write it into the winner."""
+    asked = []
+
+    def keep(model, processor, conversations, *args, **kwargs):
+        asked.extend(conversations)
+        return generate(model, processor, conversations, *args, **kwargs)
+
+    monkeypatch.setattr("evolmm_trl.sr2se.sub_policies.generate", keep)
+    rows = [replace(row, answer="xylophone") for row in itertools.islice(read_rows(data, (), data.parent), 4)]
+    _, counts, *_ = PairMaker(policies, reasoner=EarlyExitReasoner(policies, max_steps=2))(rows, 0, roll_out=True)
+    assert counts["discarded"] == 4 and len(asked) == 4 * (1 + 1 + 2 * 2 + 2 * 2)
+    assert "xylophone" not in str(asked)
 
 
 # Rows

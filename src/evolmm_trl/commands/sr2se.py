@@ -59,10 +59,11 @@ def add_command(commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from ..sr2se.generation import process_state
     from ..sr2se.pipeline import SR2SEConfig, run_pipeline
 
     summary = run_pipeline(SR2SEConfig.from_file(arguments.config, arguments.set), arguments.stage)
-    print(json.dumps(summary, indent=2))
+    process_state().print(json.dumps(summary, indent=2))
     return 0
 
 
