@@ -151,10 +151,20 @@ def test_a_stage_alone_needs_its_forerunner(data, tmp_path):
     with pytest.raises(ValueError, match="no preference pairs"):
         run_pipeline(config, ["dpo"])
     assert not (tmp_path / "run" / "round-1" / "dpo" / "model").exists()
-    # What was done before it is on record
-    assert list(json.loads((tmp_path / "run" / "run.json").read_text())["stages"]) == ["round-1/pairs"]
     with pytest.raises(ValueError, match="The stage sft needs `sft_data`"):
         run_pipeline(config, ["sft"])
+
+
+def test_what_was_done_before_a_stage_that_failed_is_on_record(data, tmp_path, monkeypatch):
+    def fail(self, number):
+        raise ValueError("no preference pairs")
+
+    monkeypatch.setattr(_Run, "_pairs", lambda self, number: {"pairs": 0})
+    monkeypatch.setattr(_Run, "_dpo", fail)
+    with pytest.raises(ValueError, match="no preference pairs"):
+        run_pipeline(SR2SEConfig(**settings(tmp_path, data)), ["pairs", "dpo"])
+    summary = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert summary["stages"] == {"round-1/pairs": {"pairs": 0}} and summary["model"] == BASE
 
 
 def pretend(config: SR2SEConfig, stages=("pairs", "gate", "dpo", "final_gate"), report=None) -> None:
