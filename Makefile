@@ -52,6 +52,22 @@ SUDO ?= $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 report-screenshots: venv
 	OMP_NUM_THREADS=2 $(PY) examples/demo/report_screenshots.py
 
+# lmms-eval, in an environment of its own that sees the packages of `.venv`.
+.PHONY: eval-env test-eval
+EVAL_PY := .venv-eval/bin/python
+
+eval-env: .venv-eval/.installed
+
+.venv-eval/.installed: requirements-eval.txt .venv/.installed
+	test -x $(EVAL_PY) || $(PY) -m venv --without-pip .venv-eval
+	echo "import site; site.addsitedir('$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$($(EVAL_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
+	$(EVAL_PY) -m pip install --no-deps -r requirements-eval.txt
+	touch $@
+
+test-eval: eval-env
+	OMP_NUM_THREADS=1 $(EVAL_PY) -m pytest tests/test_lmms_eval.py
+
 lint: venv
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
