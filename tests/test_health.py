@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from evolmm_trl import vote
 from evolmm_trl.health import QUESTION_KINDS, RunHealth, cluster_shares, question_kind, self_bleu
+from evolmm_trl.health import questions as health_questions
 from evolmm_trl.health.run import RECENT_QUESTIONS
 from evolmm_trl.rewards import blind_share, penalised_proposer_reward
 
@@ -80,19 +81,32 @@ def test_cluster_shares_are_those_of_rzero():
     assert cluster_shares([]) == []
 
 
-def test_cluster_shares_do_not_depend_on_the_order():
-    questions = [*VALUES, *OTHERS, *VALUES[:2]]
+@pytest.fixture
+def compared(monkeypatch):
+    """Pairs that are compared, by a likeness that takes no time: questions of the same last digit are alike."""
+    pairs = []
+
+    def likeness(a, b):
+        pairs.append((a, b))
+        return float(a[-1] == b[-1])
+
+    monkeypatch.setattr(health_questions, "_likeness", likeness)
+    return pairs
+
+
+def test_cluster_shares_do_not_depend_on_the_order(compared):
+    questions = [f"{i}" for i in range(300)]
     shares = dict(zip(questions, cluster_shares(questions), strict=True))
     random.Random(0).shuffle(questions)
     assert dict(zip(questions, cluster_shares(questions), strict=True)) == shares
 
 
-def test_clusters_of_many_questions_are_bounded():
-    rng = random.Random(0)
-    questions = [" ".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(300)]
-    shares = cluster_shares(questions)  # three times as many pairs otherwise
-    assert len(shares) == 300 and all(0 < share < 0.2 for share in shares)
-    assert cluster_shares(["same"] * 600) == [1.0] * 600
+def test_clusters_of_many_questions_are_bounded(compared):
+    shares = cluster_shares([f"{i}" for i in range(1000)])
+    assert len(shares) == 1000 and all(0 < share <= 0.1 for share in shares)
+    assert len(compared) <= 1000 * 128  # and not 1000 * 1000
+    compared.clear()
+    assert cluster_shares(["same"] * 1000) == [1.0] * 1000 and not compared
 
 
 @settings(deadline=None, max_examples=12)
