@@ -162,7 +162,7 @@ def test_what_is_not_finite_is_an_alarm_at_once(metric, number):
 def test_with_fp16_what_is_not_finite_must_persist():
     def last_step(values, fp16):
         watching = guard(patience=3)
-        watching.on_train_begin(SimpleNamespace(fp16=fp16, save_strategy="no"), TrainerState(), TrainerControl())
+        watching.on_train_begin(SimpleNamespace(fp16=fp16, logging_strategy="steps"), TrainerState(), TrainerControl())
         for row in history(values, "grad_norm"):
             state, control = TrainerState(global_step=row["step"], is_world_process_zero=True), TrainerControl()
             watching.on_log(SimpleNamespace(), state, control, logs=row)
@@ -240,6 +240,11 @@ def test_a_collapsing_run_is_stopped_and_why_is_said(base, tmp_path, caplog):
     assert trainer.state.global_step == watching.alarm.step == 4
     (message,) = [record.message for record in caplog.records if "CollapseGuard" in record.message]
     assert "ended the run at step 4" in message and "answer_entropy was" in message and "min_entropy=99" in message
+
+
+def test_a_guard_that_would_see_nothing_is_refused(base, tmp_path):
+    with pytest.raises(ValueError, match="judges what is logged, but logging_strategy='no'"):
+        train(base, tmp_path, CollapseGuard(), logging_strategy="no")
 
 
 @pytest.mark.parametrize("action", ["stop", "rewind"])

@@ -110,8 +110,8 @@ class CollapseGuard(TrainerCallback):
             The accuracy. With a `dict` of evaluation datasets it is `"eval_<name>_accuracy_greedy"`.
 
     Raises:
-        `ValueError`: for values that make no sense, and at the start of training with `action="rewind"` if no checkpoints are
-            saved.
+        `ValueError`: for values that make no sense, and at the start of training if nothing is logged, or with `action="rewind"` if no
+            checkpoints are saved.
     """
 
     def __init__(
@@ -265,6 +265,8 @@ class CollapseGuard(TrainerCallback):
     # Acting
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if args.logging_strategy == "no":
+            raise ValueError("CollapseGuard judges what is logged, but logging_strategy='no'. Set logging_strategy.")
         if self.action == "rewind" and args.save_strategy == "no":
             raise ValueError(
                 "action='rewind' needs checkpoints to go back to, but save_strategy='no'. Set save_strategy."
