@@ -22,16 +22,20 @@ import json
 from pathlib import Path
 
 import numpy as np
+from bench_report import in_place, table
 from scipy.special import ndtr
 from tqdm import tqdm
 
 from evolmm_trl.evaluation.compare import compare
 
 
-# A probit model: an answer is right if its model's ability, the ease of its image and of its question, and luck are
-# together above 0. Both models meet the same questions. Standard deviations:
+PAGE = Path(__file__).parents[1] / "docs/evaluation.md"
+RECORD = Path(__file__).parents[1] / "docs/benchmarks/coverage.json"
+
+# A probit model: an answer is right if its model's ability, the ease of its question, how well the model read the image,
+# and luck are together above 0. Both models meet the same questions. Standard deviations:
 ABILITY = {"a": 0.45, "b": 0.55}
-OF_IMAGE, OF_QUESTION, OF_LUCK = 0.7, 1.0, 0.5
+OF_QUESTION, OF_READING, OF_LUCK = 1.0, 0.7, 0.5
 
 CASES = {
     "one run each, an image per question": {"runs": 1},
@@ -70,13 +74,14 @@ def simulate(
         and the difference that a model's mean over all questions and runs would show.
     """
     images = np.arange(questions) // per_image
-    of_image = OF_IMAGE if per_image > 1 else 0.0
-    ease = rng.normal(0, OF_QUESTION, questions) + rng.normal(0, of_image, questions)[images]
+    of_reading = OF_READING if per_image > 1 else 0.0  # of one question on an image, it is luck
+    ease = rng.normal(0, OF_QUESTION, questions)
     answers = {}
     for model, ability in ABILITY.items():
+        reading = rng.normal(0, of_reading, questions)[images]
         luck = rng.normal(0, OF_LUCK, (runs, questions)) + rng.normal(0, of_run, (runs, 1))
-        answers[model] = (ability + ease + luck > 0).astype(float)
-    spread = np.sqrt(OF_QUESTION**2 + of_image**2 + OF_LUCK**2 + of_run**2)
+        answers[model] = (ability + ease + reading + luck > 0).astype(float)
+    spread = np.sqrt(OF_QUESTION**2 + of_reading**2 + OF_LUCK**2 + of_run**2)
     return answers, images, float(ndtr(ABILITY["b"] / spread) - ndtr(ABILITY["a"] / spread))
 
 
@@ -120,25 +125,32 @@ def plot(results: dict[str, dict], simulations: int, path: Path):
     axes.errorbar(100 * shares, places, xerr=errors, fmt="o", capsize=3)
     axes.set_yticks(places, [f"{name} ({100 * results[name]['width']:.1f} points wide)" for name in results])
     axes.invert_yaxis()
-    axes.set_xlabel(f"% of {simulations:,} simulations whose 95 % interval holds the true difference")
-    axes.legend(loc="lower left")
+    axes.set_xlabel(f"% of {simulations:,} intervals that hold the true difference")
+    axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)
+
+
+def written(page: str, record: dict) -> str:
+    """The page with what was measured in it."""
+    rows = [
+        [name, f"{100 * result['coverage']:.1f} %", f"{100 * result['width']:.1f} points"]
+        for name, result in record["cases"].items()
+    ]
+    return in_place(page, "coverage", table(["runs and questions", "hold the true difference", "mean width"], rows))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulations", type=int, default=1_000)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs/benchmarks")
     arguments = parser.parse_args()
     results = {}
     for name, case in tqdm(CASES.items()):
         share, width = coverage(arguments.simulations, **case)
         results[name] = {"coverage": share, "width": width, **case}
     record = {"simulations": arguments.simulations, "cases": results}
-    (arguments.output / "coverage.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    plot(results, arguments.simulations, arguments.output / "coverage.png")
-    for name, result in results.items():
-        print(f"| {name} | {100 * result['coverage']:.1f} % | {100 * result['width']:.1f} |")
+    RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    plot(results, arguments.simulations, RECORD.with_suffix(".png"))
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), record), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@
 
 import json
 
+import interval_coverage
 import numpy as np
 import pytest
+import reproduction
 import scipy.stats
 from interval_coverage import coverage
 
@@ -268,3 +270,24 @@ def test_what_is_no_evaluation_is_refused(base, tmp_path, capsys):
     assert run(f"a={base}", f"b={tmp_path / 'x_results.json'}") == 1
     assert "is not lmms-eval's" in capsys.readouterr().err
     assert run(f"a={base}", "b=") == 2
+
+
+# The pages
+
+
+def test_the_tables_of_the_pages_are_those_of_the_scripts():
+    page = interval_coverage.PAGE.read_text()
+    record = json.loads(interval_coverage.RECORD.read_text())
+    assert page == interval_coverage.written(page, record)
+    assert {name: set(case) <= set(record["cases"][name]) for name, case in interval_coverage.CASES.items()}
+    assert (record["simulations"], list(record["cases"])) == (1_000, list(interval_coverage.CASES))
+    page = reproduction.PAGE.read_text()
+    assert page == reproduction.written(page)
+
+
+def test_the_noise_floor_is_half_the_interval_that_compare_gives():
+    a, b = np.zeros(2_500), np.zeros(2_500)
+    a[:125], b[125:250] = 1, 1  # a tenth of the questions, half of them each
+    (row,) = compare({"x": a}, {"x": b})
+    assert 50 * (row.high - row.low) == pytest.approx(reproduction.noise_floor(2_500, 0.1), rel=0.05)
+    assert reproduction.noise_floor(reproduction.questions_needed(0.8, 0.1), 0.1) == pytest.approx(0.8, abs=1e-3)

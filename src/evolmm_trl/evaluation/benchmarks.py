@@ -68,7 +68,8 @@ def evaluate(
         include_path (`str`, *optional*):
             A folder with tasks of your own.
         **kwargs:
-            For [`~evolmm_trl.evaluation.lmms_eval_model.EvoLMM`], such as `adapter`, `role` and `prompt`.
+            Of `evolmm_trl.evaluation.lmms_eval_model.EvoLMM`: `adapter`, `role`, `prompt`, `min_pixels`, `max_pixels`,
+            `max_new_tokens`, `batch_size` and `dtype`.
 
     Returns:
         `dict[str, tuple[int, float | None]]` or `None`: by task, the number of questions and the mean score, `None` for a

@@ -99,8 +99,8 @@ def compare(
             Of the draws.
 
     Returns:
-        `list[Difference]`: one per benchmark, then, of more than one, [`ALL_QUESTIONS`], where every question counts the
-        same, and [`MEAN_OF_BENCHMARKS`], where every benchmark does.
+        `list[Difference]`: one per benchmark, then, of more than one, `ALL_QUESTIONS`, where every question counts the
+        same, and `MEAN_OF_BENCHMARKS`, where every benchmark does.
 
     Raises:
         `ValueError`: if there are no benchmarks, or they, their questions or their images are not those of the other side.

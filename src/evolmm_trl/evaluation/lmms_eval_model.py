@@ -14,7 +14,6 @@
 
 """A base model, its solver or its proposer as lmms-eval asks them: many questions about images, decoded greedily."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from ..processing import load_processor
 from ..prompts import RolePrompts, read_answer
 from ..solver import load_role
 from ..sr2se.generation import generate
+from ..thumbnails import image_digest
 
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ class EvoLMM(lmms):
             _, _, _, doc_id, task, _ = request.args
             self.records[task, doc_id] = {
                 "completion": completion.text,
-                "images": [_digest(image) for image in images],
+                "images": [image_digest(image) for image in images],
             }
             results.append(
                 GenerationResult(self._read(completion.text, settings), TokenCounts(None, completion.tokens))
@@ -253,7 +253,3 @@ def _conversation(messages: list[dict], prompts: RolePrompts | None) -> tuple[li
 
 def _load(image: Image.Image | str) -> Image.Image:
     return (Image.open(image) if isinstance(image, str) else image).convert("RGB")
-
-
-def _digest(image: Image.Image) -> str:
-    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16]
