@@ -15,6 +15,7 @@
 """`evolmm compare`."""
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 from . import UsageError
@@ -40,6 +41,9 @@ def add_command(commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.output is not None and find_spec("matplotlib") is None:
+        raise UsageError("--output writes a figure, which needs matplotlib: `pip install 'evolmm-trl[eval]'`.")
+
     from ..evaluation.compare import compare, plot, table
     from ..evaluation.logs import check_comparable, read_evaluation, stack
 

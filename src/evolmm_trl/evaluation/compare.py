@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.stats
+from tqdm import tqdm
 
 
 ALL_QUESTIONS = "all questions"
@@ -108,7 +109,10 @@ def compare(
     if not a or list(a) != list(b):
         raise ValueError(f"Expected scores of the same benchmarks in the same order; got {list(a)} and {list(b)}.")
     rng = np.random.default_rng(seed)
-    parts = [_Part.of(name, a[name], b[name], (images or {}).get(name), resamples, rng) for name in a]
+    parts = [
+        _Part.of(name, a[name], b[name], (images or {}).get(name), resamples, rng)
+        for name in tqdm(a, unit="benchmark", leave=False, disable=None)  # on a terminal
+    ]
     if len({(part.a.shape[0], part.b.shape[0]) for part in parts}) > 1:
         raise ValueError("Expected every run on every benchmark; got different numbers of runs.")
     rows = [_pool(part.name, [part], [1.0], rng) for part in parts]
