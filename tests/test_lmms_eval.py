@@ -269,7 +269,7 @@ def test_limits_of_pixels_reach_the_processor():
         _check_pixels(lm.processor, None, 12_544)
 
 
-def test_the_task_asks_in_its_own_words_unless_the_solvers_prompt_is_wanted():
+def test_the_task_asks_in_its_own_words_unless_the_solvers_prompt_is_wanted(tmp_path):
     image = Image.new("RGB", (8, 8))
     parts = [{"type": "text", "text": "In"}, {"type": "image", "url": image}, {"type": "text", "text": "how many?"}]
     task = [{"role": "user", "content": parts}]
@@ -279,7 +279,9 @@ def test_the_task_asks_in_its_own_words_unless_the_solvers_prompt_is_wanted():
     system, user = _conversation(task, prompts)[0]
     assert system == {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
     assert [part.get("text") for part in user["content"]] == ["Answer In", None, "how many? in tags."]
-    assert _read_prompts("task") is None and _read_prompts("solver") == RolePrompts()
+    assert _read_prompts("task", MODEL) is None and _read_prompts("solver", MODEL) == RolePrompts()
+    (tmp_path / "evolmm_prompts.json").write_text(json.dumps({"solver": "{question}?"}))
+    assert _read_prompts("solver", str(tmp_path)).solver == "{question}?"
 
 
 def test_completions_have_room_for_the_tags_and_end_where_the_task_says():

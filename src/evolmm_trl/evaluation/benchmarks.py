@@ -91,7 +91,7 @@ def evaluate(
 
     from .lmms_eval_model import EvoLMM
 
-    lm = EvoLMM(model, **kwargs)
+    lm, arguments = EvoLMM(model, **kwargs), {"pretrained": model, **kwargs}
     errors: list[str] = []
     sink = lmms_eval_logger.add(errors.append, level="ERROR", format="{message}")
     judged = any(task.startswith(_JUDGED) for task in tasks)
@@ -100,7 +100,7 @@ def evaluate(
         with redirect_stdout(sys.stderr):
             results = simple_evaluate(
                 model=lm,
-                model_args=",".join(f"{name}={value}" for name, value in {"pretrained": model, **kwargs}.items()),
+                model_args=",".join(f"{name}={value}" for name, value in arguments.items() if value is not None),
                 tasks=list(tasks),
                 batch_size=lm.batch_size,
                 limit=limit,

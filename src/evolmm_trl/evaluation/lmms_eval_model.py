@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from ..processing import load_processor
 from ..prompts import RolePrompts, read_answer
-from ..solver import load_role
+from ..solver import load_prompts, load_role
 from ..sr2se.generation import generate
 from ..thumbnails import image_digest
 
@@ -53,8 +53,9 @@ class EvoLMM(lmms):
         role (`str`, *optional*, defaults to `"solver"`):
             Whose adapter answers, `"solver"` or `"proposer"`.
         prompt (`str`, *optional*, defaults to `"task"`):
-            `"task"` asks what the task asks, in its words. `"solver"` puts that into the solver's prompt and hands on what
-            the model writes between the answer tags; a JSON file with fields of [`RolePrompts`] does so with these.
+            `"task"` asks what the task asks, in its words. `"solver"` puts that into the solver's prompt, the one that was
+            saved with what was trained or else the default one, and hands on what the model writes between the answer tags;
+            a JSON file with fields of [`RolePrompts`] does so with these.
         min_pixels (`int`, *optional*), max_pixels (`int`, *optional*):
             Limits of the image processor. By default its own.
         max_new_tokens (`int`, *optional*):
@@ -89,7 +90,7 @@ class EvoLMM(lmms):
             )
         if role == "proposer" and adapter is None:
             raise ValueError("The proposer is an adapter: pass `adapter`.")
-        self.prompts = _read_prompts(prompt)
+        self.prompts = _read_prompts(prompt, adapter or pretrained)
         self.max_new_tokens = max_new_tokens
         self.batch_size = int(batch_size)
         self.records: dict[tuple[str, int], dict] = {}
@@ -202,11 +203,11 @@ class EvoLMM(lmms):
             self._warned = True
 
 
-def _read_prompts(prompt: str) -> RolePrompts | None:
+def _read_prompts(prompt: str, trained: str) -> RolePrompts | None:
     if prompt == TASK_PROMPT:
         return None
     if prompt == SOLVER_PROMPT:
-        return RolePrompts()
+        return load_prompts(trained) or RolePrompts()
     if not Path(prompt).is_file():
         raise ValueError(f"`prompt` is {prompt!r}; expected 'task', 'solver' or a JSON file with the run's prompts.")
     return RolePrompts.from_dict(json.loads(Path(prompt).read_text(encoding="utf-8")))
