@@ -402,7 +402,7 @@ class VLLMServers:
         if status != 200:
             raise VLLMError(f"The vLLM server at {server.url} answers {status} to a first request: {_shown(text)}.")
         (completion,) = _completions(server, text, 1)
-        if completion.logps != [0.0]:
+        if abs(completion.logps[0]) > 1e-3:
             raise VLLMError(
                 f"The vLLM server at {server.url} gives the log-prob {completion.logps[0]:.3f} to a token without "
                 "alternative: it returns log-probs from before temperature and suppressed tokens. Start it with "
@@ -666,7 +666,7 @@ class VLLMServers:
     def _why_not_healthy(self, server: "_Server") -> str | None:
         try:
             status, text = self._call(server, "GET", "/health", timeout=5.0)
-        except _Gone as error:
+        except (_Gone, VLLMError) as error:
             return str(error)
         return None if status == 200 else f"status {status} of /health, {_shown(text)}"
 
