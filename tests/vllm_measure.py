@@ -96,7 +96,10 @@ def main() -> None:
         finally:
             server.kill()
     where = environment()
-    text = f"{table(['', 'measured'], rows)}\n\nCommit {where['commit']}, {where['cpu']}, float32, one thread."
+    text = (
+        f"{table(['', 'measured'], rows)}\n\nCommit {where['commit']}, {where['cpu']}, {where['cores']} cores on which "
+        f"{where['load']:.0f} processes were running, float32, one thread."
+    )
     print(text)
     if arguments.document:
         page = Path(arguments.document)
