@@ -18,6 +18,7 @@ import asyncio
 import json
 import logging
 import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -619,3 +620,19 @@ def test_the_log_names_no_more_than_a_warning(stand_ins, connect, caplog):
     with caplog.at_level(logging.WARNING):
         connect(stand_ins[0]).generate([request()])
     assert not caplog.records
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The script that starts a server
+
+
+def test_the_script_starts_a_server_with_what_the_page_says_it_needs():
+    command = ["bash", "examples/serve_vllm.sh", "MODEL", "--port", "8001"]
+    printed = subprocess.run(
+        command, env={**os.environ, "VLLM_SERVE": "printf %s\\n"}, capture_output=True, text=True, check=True
+    )
+    model, *options, flag, port = printed.stdout.splitlines()
+    assert (model, flag, port) == ("MODEL", "--port", "8001")
+    page = Path("docs/vllm.md").read_text()
+    options = [option for option in options if option.startswith("--")]
+    assert len(options) == 8 and all(option in page for option in options)

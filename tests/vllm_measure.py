@@ -21,6 +21,7 @@ Measures a vLLM server with hot adapters on this machine's CPU, and writes the t
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -33,7 +34,7 @@ from vllm_policy import TOLERANCE, Policy  # noqa: E402
 from vllm_process import VLLMProcess  # noqa: E402
 from widen import widen  # noqa: E402
 
-from evolmm_trl.rollout.vllm_server import VLLMServers  # noqa: E402
+from evolmm_trl.rollout.vllm_server import VLLMServers, image_url  # noqa: E402
 from evolmm_trl.schedule import ROLES  # noqa: E402
 
 
@@ -57,6 +58,11 @@ def measure(server: VLLMProcess, folder: Path, swaps: int) -> list[list]:
             fresh.append(policy.difference(role, image, new))
             if swap == 19:
                 after = policy.largest_difference(servers)
+        resized = [policy.request(role, i) for role in ROLES for i in (1, 2)]
+        resized = [replace(request, image=image_url(policy.images[1 + k % 2])) for k, request in enumerate(resized)]
+        by_server = [
+            policy.difference(ROLES[k // 2], 1 + k % 2, answer) for k, answer in enumerate(servers.generate(resized))
+        ]
         size = sum(file.stat().st_size for file in Path(servers.adapters[role].folder).iterdir())
         local = {role: servers.swap_seconds[role][1:] for role in ROLES}
         servers._servers[0].takes_uploads = None
@@ -70,6 +76,7 @@ def measure(server: VLLMProcess, folder: Path, swaps: int) -> list[list]:
         [f"stale answers in {swaps} swaps (difference above {TOLERANCE:g})", str(wrong)],
         ["largest difference right after a swap", f"{max(fresh):.1e}"],
         ["smallest difference of an answer from the adapter before it", f"{min(stale):.2f}"],
+        ["largest difference on images that the server has resized itself", f"{max(by_server):.1e}"],
         ["size of an adapter", f"{size / 1000:.0f} kB"],
     ]
     for role, seconds in local.items():

@@ -792,7 +792,7 @@ def image_url(image: Image.Image) -> str:
 def seen_image(image_inputs: dict[str, torch.Tensor], image_processor: BaseImageProcessor) -> Image.Image:
     """
     The image as the model sees it: the pixels that the processor has made of it, to 8 bits as they were. A server that is sent
-    these resizes nothing, and servers resize by other libraries, which moved log-probs by 0.005 to 0.013.
+    these resizes nothing; it would by another library, which moves log-probs (docs/vllm.md).
 
     Args:
         image_inputs (`dict[str, torch.Tensor]`):
