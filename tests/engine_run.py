@@ -24,9 +24,12 @@ import accelerate
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from served import ServersStandIn
 from tiny_trainer import TalkingTrainer, config, image_dataset, lora
 from transformers import TrainerCallback
 
+from evolmm_trl.rollout import served
 from evolmm_trl.sr2se import ConfidenceGate
 
 
@@ -84,10 +87,15 @@ def main():
     parser.add_argument("--no_lora", action="store_true")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--die", action="store_true")
+    parser.add_argument("--served", action="store_true")
     parser.add_argument("--vote_gate")
     args = parser.parse_args()
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_fsdp_run_on_the_cpu()
+    if args.served:
+        ServersStandIn.base = args.base
+        served.VLLMServers = ServersStandIn
+        args.options |= {"rollout": "vllm", "vllm_server_urls": ["http://one:1"]}
     watch = EveryStep()
     trainer = (DyingTrainer if args.die else TalkingTrainer)(
         model=args.base,
@@ -122,6 +130,12 @@ def main():
         "weights": watch.weights,
         "final": whole(trainer),
     }
+    if args.served:
+        trainer._update_servers()
+        result["served"] = {
+            role: load_file(Path(adapter.folder) / "adapter_model.safetensors")
+            for role, adapter in trainer.servers.adapters.items()
+        }
     torch.save(result, Path(args.folder) / f"result-{accelerator.process_index}.pt")
 
 

@@ -62,8 +62,12 @@ class RoleCheckpoints:
         save_samples(
             self._pending_questions, folder / f"pending_questions_{self.accelerator.process_index}.safetensors"
         )
+        rollout = self._rollout_state()
+        if rollout is not None:
+            (folder / self._rollout_file()).write_text(json.dumps(rollout))
         if self.args.should_save:
             state = {
+                "rollout_in_flight": rollout is not None,
                 "step": self.state.global_step,
                 "kl": {role: self.kl[role].state_dict() for role in ROLES},
                 "baselines": {role: self.baselines[role].state_dict() for role in ROLES},
@@ -75,6 +79,9 @@ class RoleCheckpoints:
             }
             (folder / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n")
         super()._save_checkpoint(model, trial)
+
+    def _rollout_file(self) -> str:
+        return f"rollout_in_flight_{self.accelerator.process_index}.json"
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """
@@ -120,6 +127,7 @@ class RoleCheckpoints:
         self.accelerator.wait_for_everyone()  # before the trainer's state, which says that all have written
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self._set_moved(*ROLES)
         if isinstance(self.model, PeftModel):
             # The parent loads one adapter and freezes the other
             load_role_adapters(self.model, resume_from_checkpoint)
@@ -140,6 +148,7 @@ class RoleCheckpoints:
             self.model.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
+        self._set_moved(*ROLES)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
         else:
@@ -168,6 +177,8 @@ class RoleCheckpoints:
         self._pending_questions = load_samples(
             Path(checkpoint) / f"pending_questions_{self.accelerator.process_index}.safetensors"
         )
+        if state.get("rollout_in_flight") and self.args.async_rollouts:
+            self._load_rollout_state(json.loads((Path(checkpoint) / self._rollout_file()).read_text()))
         if self.accelerator.is_main_process:
             self.rollout_log.resume(state["rollout_log_bytes"])
             if self.args.collect_preferences:

@@ -53,6 +53,21 @@ class EvoLMMConfig(GRPOConfig):
             given to `load_images` are allowed without it.
         max_pixels (`int`, *optional*, defaults to `1003520`):
             Images with more pixels are made smaller (1003520 = 1280 x 28 x 28, at most 1,280 image tokens of Qwen2.5-VL).
+        rollout (`str`, *optional*, defaults to `"transformers"`):
+            What generates: `"transformers"`, the model that is trained, or `"vllm"`, servers that hold its frozen base and
+            get the roles' adapters.
+        vllm_server_urls (`list[str]`, *optional*):
+            With `rollout="vllm"`: addresses of the servers, such as `["http://localhost:8000"]`.
+        vllm_adapter_dir (`str`, *optional*):
+            Folder for the adapters that the servers load, which they must be able to read under the same path. `None`:
+            `vllm_adapters` in `output_dir`.
+        vllm_request_timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds that a request may take before it is sent again.
+        vllm_importance_sampling_mode (`str`, *optional*, defaults to `"token_truncate"`):
+            How the ratio of the trainer's probability to the server's weighs a sample; see [`~trl.GRPOConfig`].
+        async_rollouts (`bool`, *optional*, defaults to `False`):
+            With `rollout="vllm"`: the servers generate the next step's rollout while the trainer updates on this one's,
+            which is then one step off-policy.
         prompts (`dict[str, str]` or `str`, *optional*):
             Replacements for the roles' prompts: `proposer`, `solver` (with the field `{question}`), `system`,
             `default_question`. See [`RolePrompts`]. On the command line, a JSON object.
@@ -182,6 +197,37 @@ class EvoLMMConfig(GRPOConfig):
         default=0, metadata={"help": "Questions per process and rollout that are also answered without the image."}
     )
     max_question_length: int = field(default=128, metadata={"help": "Longest question, in tokens."})
+    rollout: str = field(
+        default="transformers",
+        metadata={
+            "help": "What generates: the model that is trained, or vLLM servers.",
+            "choices": ["transformers", "vllm"],
+        },
+    )
+    vllm_server_urls: list[str] | None = field(
+        default=None, metadata={"help": "Addresses of the vLLM servers, such as http://localhost:8000."}
+    )
+    vllm_adapter_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the adapters, which the servers must be able to read under the same path. None: "
+            "vllm_adapters in output_dir."
+        },
+    )
+    vllm_request_timeout: float = field(
+        default=600.0, metadata={"help": "Seconds that a request to a server may take before it is sent again."}
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate",
+        metadata={
+            "help": "How the ratio of the trainer's probability to the server's weighs a sample.",
+            "choices": ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
+        },
+    )
+    async_rollouts: bool = field(
+        default=False,
+        metadata={"help": "Let the servers generate the next step's rollout while the trainer updates on this one's."},
+    )
     image_root: str | None = field(
         default=None,
         metadata={
@@ -320,7 +366,8 @@ class EvoLMMConfig(GRPOConfig):
         if self.use_vllm:
             raise ValueError(
                 "`use_vllm=True` is not supported: TRL pushes the weights to vLLM once per step, for one policy, so the "
-                "solver would sample from the proposer's weights or the other way round. Set `use_vllm=False`."
+                "solver would sample from the proposer's weights or the other way round. Set rollout='vllm' and "
+                "`vllm_server_urls`: the servers then hold the base and both roles' adapters."
             )
         if self.num_iterations != 1 or self.steps_per_generation != self.gradient_accumulation_steps:
             raise ValueError(
@@ -354,6 +401,7 @@ class EvoLMMConfig(GRPOConfig):
             ("baseline", ("ema", "group")),
             ("adapters", ("separate", "shared")),
             ("collapse_guard", (None, "stop", "rewind")),
+            ("rollout", ("transformers", "vllm")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}; expected one of {allowed}.")
@@ -391,6 +439,13 @@ class EvoLMMConfig(GRPOConfig):
                 "early_votes=True, but extra_votes=0: the answers that are trained on are all drawn, and only extra votes can "
                 "be spared. Set extra_votes."
             )
+        if self.rollout == "vllm":
+            self._check_vllm()
+        elif self.vllm_server_urls or self.async_rollouts:
+            raise ValueError(
+                f"vllm_server_urls={self.vllm_server_urls} and async_rollouts={self.async_rollouts}, but "
+                f"rollout={self.rollout!r}: no server would be asked. Set rollout='vllm'."
+            )
         most = (self.num_votes - 1) / self.num_votes
         if self.collect_preferences and self.preference_agreement > most:
             raise ValueError(
@@ -412,6 +467,39 @@ class EvoLMMConfig(GRPOConfig):
                 f'prompts={self.prompts!r}; expected a JSON object, such as \'{{"system": "Be brief."}}\'.'
             )
         RolePrompts.from_dict(self.prompts)  # fails here rather than at the first rollout
+
+    def _check_vllm(self) -> None:
+        """What cannot be had from a server."""
+        if isinstance(self.vllm_server_urls, str) or not self.vllm_server_urls:
+            raise ValueError(
+                f"rollout='vllm', but vllm_server_urls={self.vllm_server_urls!r}; expected a list of addresses, such as "
+                "['http://localhost:8000']."
+            )
+        if not self.freeze_vision_tower:
+            raise ValueError(
+                "rollout='vllm' with freeze_vision_tower=False is not supported: vLLM serves LoRA adapters of the language "
+                "model alone, so the servers would read images with the base's tower. Set freeze_vision_tower=True."
+            )
+        if self.early_votes:
+            raise ValueError(
+                "rollout='vllm' with early_votes=True is not supported: a server draws all answers to a question in one "
+                "request. Set early_votes=False."
+            )
+        modes = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+        if self.vllm_importance_sampling_mode not in modes:
+            raise ValueError(
+                f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r}; expected one of {modes}."
+            )
+        if self.async_rollouts and not self.vllm_importance_sampling_correction:
+            raise ValueError(
+                "async_rollouts=True, but vllm_importance_sampling_correction=False: the samples are one step off-policy, and "
+                "nothing would correct it. Leave `vllm_importance_sampling_correction` on."
+            )
+        if self.loss_type == "vespo" and "sequence" in self.vllm_importance_sampling_mode:
+            raise ValueError(
+                f"loss_type='vespo' weighs whole sequences itself, but vllm_importance_sampling_mode="
+                f"{self.vllm_importance_sampling_mode!r}. Set 'token_truncate' or 'token_mask'."
+            )
 
     @property
     def images_per_process(self) -> int:

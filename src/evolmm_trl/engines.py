@@ -14,8 +14,8 @@
 
 """What DeepSpeed and FSDP2 must be told for two roles to train under them as in one process."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils.constants import OPTIMIZER_NAME
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 
 def engine_optimizer(
@@ -81,6 +82,30 @@ def load_fsdp2_optimizer(
     state = torch.load(file, weights_only=True) if accelerator.is_main_process else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer), state, options=options)
+
+
+def whole_tensors(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Copies of some parameters in main memory, whole on every process. ZeRO-3 and FSDP2 gather these alone; all processes
+    call it together.
+
+    Args:
+        parameters (`Mapping[str, torch.Tensor]`):
+            Parameters by name.
+
+    Returns:
+        `dict[str, torch.Tensor]`
+    """
+    gathered = nullcontext()
+    if any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters(list(parameters.values()))
+    with gathered:
+        return {
+            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().to("cpu", copy=True)
+            for name, p in parameters.items()
+        }
 
 
 @contextmanager

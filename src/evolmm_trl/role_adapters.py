@@ -21,15 +21,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_utils import set_zero3_state
 
+from .engines import whole_tensors
 from .schedule import PROPOSER, ROLES, SOLVER
 
 
@@ -424,6 +425,45 @@ def add_role_adapter(model: PeftModel, config: LoraConfig) -> None:
         for name, parameter in model.named_parameters():
             if f".{ADAPTER_OF[PROPOSER]}." in name:
                 parameter.data = parameter.data.to(next(iter(dtypes)))
+
+
+def role_adapter_state(model: PeftModel, role: str) -> dict[str, torch.Tensor]:
+    """
+    The weights of one role's adapter, alone and whole, by the names that a saved adapter has. All processes call it
+    together.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            Model with the adapters.
+        role (`str`):
+            Role.
+
+    Returns:
+        `dict[str, torch.Tensor]`: in main memory.
+    """
+    adapter = ADAPTER_OF[role]
+    named = {name: parameter for name, parameter in model.named_parameters() if f".{adapter}." in name}
+    return get_peft_model_state_dict(model, whole_tensors(named), adapter_name=adapter, save_embedding_layers=False)
+
+
+def save_role_adapter(model: PeftModel, role: str, state: dict[str, torch.Tensor], folder: str | Path) -> None:
+    """
+    Writes one role's adapter as `PeftModel.save_pretrained` does.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            Model with the adapters.
+        role (`str`):
+            Role.
+        state (`dict[str, torch.Tensor]`):
+            What [`role_adapter_state`] gave.
+        folder (`str` or `Path`):
+            Folder that exists.
+    """
+    save_file(state, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = copy.deepcopy(model.peft_config[ADAPTER_OF[role]])
+    config.inference_mode = True
+    config.save_pretrained(folder)
 
 
 def check_adapter_folder(folder: str | Path, separate: bool) -> None:

@@ -15,6 +15,7 @@
 """Which role an optimizer step trains, and the images it reads."""
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -219,20 +220,21 @@ class RolloutStream(IterableDataset):
         self.collate_fn = collate_fn
         self.num_workers = num_workers
         self._start: dict | None = None
-        self._place: dict | None = None
+        self._places: deque[dict] = deque(maxlen=2)  # with `async_rollouts` a step is read ahead
 
     def state_dict(self, step: int) -> dict:
         """
-        The place of the first image of optimizer step `step`, which is the one after the last that was yielded.
+        The place of the first image of optimizer step `step`, of which at most one step more may have been yielded.
 
         Raises:
-            `RuntimeError`: if another step was yielded last.
+            `RuntimeError`: if other steps were yielded last.
         """
-        if self._place is None or self._place["step"] != step:
-            raise RuntimeError(
-                f"The stream is at {self._place}, not at step {step}: something read it ahead of training."
-            )
-        return self._place
+        for place in self._places:
+            if place["step"] == step:
+                return place
+        raise RuntimeError(
+            f"The stream is at {list(self._places)}, not at step {step}: something read it ahead of training."
+        )
 
     def load_state_dict(self, state: dict) -> None:
         """
@@ -261,7 +263,7 @@ class RolloutStream(IterableDataset):
             # At every step, since a stream may end earlier on one process
             here = {name: place["images"][name] for name in ("epoch", "first_row", "rows_hash")}
             check_same_on_all_processes("places in the stream", here)
-            self._place = place
+            self._places.append(place)
             yield micro_batch
             for _ in range(self.micro_batches - 1):
                 yield self.collate_fn([])

@@ -101,6 +101,8 @@ def save_samples(samples: Sequence[Sample], file: Path) -> None:
     tensors = {"advantages": torch.tensor([sample.advantage for sample in samples], dtype=torch.float64)}
     for i, sample in enumerate(samples):
         tensors[f"{i}.completion_ids"] = sample.completion_ids
+        if sample.sampling_logps is not None:
+            tensors[f"{i}.sampling_logps"] = sample.sampling_logps
         tensors[f"{i}.input_ids"] = sample.prompt.input_ids
         for name, tensor in sample.prompt.token_inputs.items():
             tensors[f"{i}.token.{name}"] = tensor
@@ -131,7 +133,7 @@ def load_samples(file: Path) -> list[Sample]:
             image_inputs=_under(f"{i}.image.", tensors),
             features=_under(f"{i}.features.", tensors) or None,
         )
-        samples.append(Sample(prompt, tensors[f"{i}.completion_ids"], advantage))
+        samples.append(Sample(prompt, tensors[f"{i}.completion_ids"], advantage, tensors.get(f"{i}.sampling_logps")))
     return samples
 
 

@@ -90,10 +90,10 @@ from .rollout.samples import (
     Sample,
     collate_completions,
     collate_samples,
-    encode_about,
     encode_prompts,
     split_evenly,
 )
+from .rollout.served import ServedRollouts
 from .schedule import PROPOSER, ROLES, SOLVER, RoleSchedule, RolloutSampler, RolloutStream, as_it_is
 from .shared_prefix import (
     PackedGroups,
@@ -121,7 +121,7 @@ _ROW_MEAN_LOSSES = ("grpo", "dr_grpo", "sapo", "luspo")
 _SHARED_PREFIX_TOLERANCE = {"full": 1e-3, "half": 5e-2}
 
 
-class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
+class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, ServedRollouts, GRPOTrainer):
     """
     Trains a vision-language model on images alone, by the method of [EvoLMM](https://huggingface.co/papers/2511.16672).
 
@@ -266,6 +266,7 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
             self.reward_funcs, self.reward_func_names, self.reward_processing_classes = [], [], []
         self._set_up_roles(lora_configs, vision)
         self._set_up_sharing(vision)
+        self._set_up_servers(model_id)
         if vote_gate is not None:
             if not args.early_votes:
                 raise ValueError(
@@ -492,6 +493,7 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
                 none, training starts from the beginning.
         """
         self._pending_questions = []  # of an earlier call; those of a checkpoint are loaded later
+        self._drop_rollout()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -545,20 +547,34 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
             samples = self._roll_out(rows)
         else:
             samples, self._pending_questions = self._pending_questions, []
+            self._send_next_rollout()
         self._set_step_samples(samples)
 
     def _roll_out(self, rows: list[dict]) -> list[Sample]:
         """Images to the solver's samples; the questions wait for the proposer's step."""
         args = self.args
-        with self._sampling() as model:
-            with self._timed("propose"):
-                question_prompts = [row["prompt"] for row in rows]
-                if self._share_features:
-                    question_prompts = with_features(model, question_prompts)
-                question_ids, question_texts, questions = self._propose(model, rows, question_prompts)
-            with self._timed("solve"):
-                answer_prompts, answer_ids, completions = self._solve(model, rows, question_prompts, questions)
-            blind = self._solve_blind(model, rows, questions)
+        question_logps = answer_logps = None
+        if self.servers is None:
+            with self._sampling() as model:
+                with self._timed("propose"):
+                    question_prompts = self._question_prompts(model, rows)
+                    question_ids, question_texts, questions = self._propose(model, rows, question_prompts)
+                with self._timed("solve"):
+                    answer_prompts, answer_ids, completions = self._solve(model, rows, question_prompts, questions)
+                blind = self._solve_blind(model, rows, questions)
+        else:
+            written = self._served_rollout(rows)
+            self._send_next_rollout()
+            question_ids = [image.question.ids for image in written]
+            question_logps = [image.question.logps for image in written]
+            question_texts, questions = self._read_questions(question_ids)
+            with self._sampling() as model:
+                question_prompts = self._question_prompts(model, rows)
+                blind = self._solve_blind(model, rows, questions)  # here, since a server is asked about images alone
+            answer_prompts = self._answer_prompts(rows, question_prompts, questions, self.processing_class)
+            answer_ids = [[answer.ids for answer in image.answers] for image in written]
+            answer_logps = [[answer.logps for answer in image.answers] for image in written]
+            completions = [self._decode(group) for group in answer_ids]
         answers = [[read_answer(text) for text in group] for group in completions]
         votes = [vote([canonical_answer(answer.text) for answer in group]) for group in answers]
         solver, proposer = self._rewards(questions, answers, votes)
@@ -592,12 +608,22 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
         self._record(rollouts, rows)
         if args.train_proposer:
             self._pending_questions += [
-                Sample(prompt.without_pixels() if self._sharing_verified else prompt, torch.tensor(ids), advantage)
-                for prompt, ids, advantage in zip(question_prompts, question_ids, proposer_advantages, strict=True)
+                Sample(
+                    question_prompts[i].without_pixels() if self._sharing_verified else question_prompts[i],
+                    torch.tensor(question_ids[i]),
+                    proposer_advantages[i],
+                    None if question_logps is None else torch.tensor(question_logps[i]),
+                )
+                for i in range(len(rows))
             ]
         samples = [
             [
-                Sample(answer_prompts[i], torch.tensor(answer_ids[i][n]), solver_advantages[i][n])
+                Sample(
+                    answer_prompts[i],
+                    torch.tensor(answer_ids[i][n]),
+                    solver_advantages[i][n],
+                    None if answer_logps is None else torch.tensor(answer_logps[i][n]),
+                )
                 for n in range(args.num_generations)
             ]
             for i in range(len(rows))
@@ -605,24 +631,28 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
         self._spare_sample = samples[0][0]
         return [sample for group, chosen in zip(samples, trained, strict=True) if chosen for sample in group]
 
+    def _question_prompts(self, model, rows: list[dict]) -> list[EncodedPrompt]:
+        """The proposer's prompts, with what a frozen vision tower makes of their images."""
+        prompts = [row["prompt"] for row in rows]
+        return with_features(model, prompts) if self._share_features else prompts
+
     def _propose(
         self, model, rows: list[dict], prompts: list[EncodedPrompt]
     ) -> tuple[list[list[int]], list[str], list[Question]]:
         """One question per image."""
         ids = [group[0] for group in self._generate_role(model, PROPOSER, prompts, self._seeds(PROPOSER, rows, 1))]
+        return ids, *self._read_questions(ids)
+
+    def _read_questions(self, ids: list[list[int]]) -> tuple[list[str], list[Question]]:
+        """What the proposer's completions say, and the questions in them."""
         texts = self._decode(ids)
-        questions = [read_question(text, self.prompts.default_question, self._special_tokens) for text in texts]
-        return ids, texts, questions
+        return texts, [read_question(text, self.prompts.default_question, self._special_tokens) for text in texts]
 
     def _solve(
         self, model, rows: list[dict], question_prompts: list[EncodedPrompt], questions: list[Question]
     ) -> tuple[list[EncodedPrompt], list[list[list[int]]], list[list[str]]]:
         """N answers, and the extra votes, per question."""
-        conversations = [self.prompts.solver_messages(question.text) for question in questions]
-        images = [row["image"] for row in rows]
-        prompts = encode_about(
-            self.processing_class, conversations, question_prompts, images, **self.chat_template_kwargs
-        )
+        prompts = self._answer_prompts(rows, question_prompts, questions, self.processing_class)
         seeds = self._seeds(SOLVER, rows, self.args.num_votes)
         if self.args.early_votes:
             ids = self._vote_in_turn(model, prompts, seeds)
@@ -871,6 +901,8 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
                 model, *args, compute_entropy=compute_entropy, **kwargs
             )
         self._last_logps = outputs[0].detach()
+        if self._weighed is not None:
+            self._weigh(self._last_logps)
         return outputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -911,6 +943,7 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
                 reference = self._reference_logps(batch)
         train_metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
         self._model_inputs = batch.pop("model_inputs")
+        self._weighed = batch if self.servers is not None else None
         loss = super().compute_loss(model, batch)
         role_metrics, self._metrics["train"] = self._metrics["train"], train_metrics
         kl = role_metrics.pop("kl", [None])[0]  # of this part; the step's is logged at its end
@@ -931,11 +964,14 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
         for name, seconds in self._step_seconds.items():
             self._log_train(f"time/{name}", seconds)
         self._step_seconds.clear()
+        if self.servers is not None:
+            self._log_sampling_difference()
         if self._step_tokens == 0:
             # No question within the agreement band, or no completion that ended: nothing may move, not even by momentum
             self.roles.activate(None)
             self.optimizer.zero_grad(set_to_none=True)  # for an optimizer of the user's, which knows no roles
             return
+        self._set_moved(self.role)
         self._log_train(f"{self.role}/beta", self.kl[self.role].beta)
         if self._step_kl is not None:
             self._log_train(f"{self.role}/kl", self._step_kl)
@@ -1018,10 +1054,10 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
     def _decode(self, ids: list[list[int]]) -> list[str]:
         return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    def _seeds(self, role: str, rows: list[dict], samples: int) -> list[list[int]]:
-        """One seed per image and sample, the same however the images are spread over processes."""
+    def _seeds(self, role: str, rows: list[dict], samples: int, step: int | None = None) -> list[list[int]]:
+        """One seed per image and sample of a step, the same however the images are spread over processes."""
         first = self.accelerator.process_index * len(rows)  # the rows' place in the rollout of all processes
-        key = (self.args.seed, self.state.global_step, role)
+        key = (self.args.seed, self.state.global_step if step is None else step, role)
         return [
             [sample_seed(*key, first + i, row["image_id"], n) for n in range(samples)] for i, row in enumerate(rows)
         ]
@@ -1062,6 +1098,15 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, GRPOTrainer):
         with self.roles.using(role):
             sample = generate_shared if self._share_prefill else generate
             return sample(model, prompts, seeds, self._generation_config(role))
+
+    def _answer(
+        self, prompts: Sequence[EncodedPrompt], seeds: Sequence[Sequence[int | None]]
+    ) -> list[list[list[int]]]:
+        """The solver's completions for labelled questions."""
+        if self.servers is not None:
+            return self._answers_by_servers(prompts, seeds)
+        with self._sampling() as model:
+            return self._generate_role(model, SOLVER, prompts, seeds)
 
     def _to_device(self, batch: dict) -> dict:
         return send_to_device(batch, self.accelerator.device)

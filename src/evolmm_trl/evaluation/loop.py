@@ -27,7 +27,6 @@ from ..data import readable_images
 from ..prompts import without_marks
 from ..rollout.generation import sample_seed
 from ..rollout.samples import encode_prompts
-from ..schedule import SOLVER
 from . import Scores, score_answers
 
 
@@ -81,8 +80,7 @@ class LabelledEvaluation:
                 [None, *(sample_seed(self.args.seed, "eval", row["image_id"], row["question"], i) for i in range(n))]
                 for row in rows
             ]
-            with self._sampling() as model:
-                ids = self._generate_role(model, SOLVER, prompts, seeds)
+            ids = self._answer(prompts, seeds)
             for row, group in zip(rows, ids, strict=True):
                 greedy, *sampled = self._decode(group)
                 if not row[_FILLER]:

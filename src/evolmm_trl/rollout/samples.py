@@ -73,11 +73,14 @@ class Sample:
             Token ids as sampled, end token included.
         advantage (`float`):
             Reward minus baseline.
+        sampling_logps (`torch.Tensor` of shape `(completion length,)`, *optional*):
+            Log-probs under which the tokens were drawn, where a server drew them.
     """
 
     prompt: EncodedPrompt
     completion_ids: torch.Tensor
     advantage: float
+    sampling_logps: torch.Tensor | None = None
 
 
 def encode_prompts(
@@ -247,10 +250,18 @@ def collate_completions(samples: Sequence[Sample], pad_token_id: int) -> dict[st
             Padding token.
 
     Returns:
-        `dict[str, torch.Tensor]`: `completion_ids` and `completion_mask` (rows, C), and `advantages` (rows,).
+        `dict[str, torch.Tensor]`: `completion_ids` and `completion_mask` (rows, C), and `advantages` (rows,); of samples from
+        a server also `sampling_per_token_logps` (rows, C).
     """
     width = max(sample.completion_ids.numel() for sample in samples)
+    drawn = {}
+    if any(sample.sampling_logps is not None for sample in samples):
+        # Questions that waited in a checkpoint may be from before there was a server
+        unknown = [s.completion_ids.new_full(s.completion_ids.shape, torch.nan, dtype=torch.float32) for s in samples]
+        logps = [u if s.sampling_logps is None else s.sampling_logps for s, u in zip(samples, unknown, strict=True)]
+        drawn["sampling_per_token_logps"] = torch.stack([_right_pad(row, width, 0) for row in logps])
     return {
+        **drawn,
         "completion_ids": torch.stack([_right_pad(s.completion_ids, width, pad_token_id) for s in samples]),
         "completion_mask": torch.stack([_right_pad(torch.ones_like(s.completion_ids), width, 0) for s in samples]),
         "advantages": torch.tensor([sample.advantage for sample in samples], dtype=torch.float32),

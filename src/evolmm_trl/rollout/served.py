@@ -1,0 +1,450 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""
+Rollouts from vLLM servers: which adapters they hold, what they are asked, and whether their log-probs are the trainer's.
+
+A step begins by giving the servers the adapter that the step before has moved. Then every image goes its own way: the
+proposer's request, and the solver's as soon as that question is there. With `async_rollouts` the images of the next step are
+sent off before the update of this one.
+"""
+
+import atexit
+import copy
+import logging
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+
+from ..role_adapters import role_adapter_state, save_role_adapter
+from ..schedule import PROPOSER, ROLES, SOLVER
+from ..shared_prefix import FAMILIES, base_model
+from .generation import sample_seed, why_not_generated_shared
+from .importance import SamplingDifference, importance_ratio, log_ratio
+from .samples import EncodedPrompt, collate_prompts, continued, encode_about, encode_prompts
+from .vllm_server import VLLMCompletion, VLLMError, VLLMRequest, VLLMServers, image_url, seen_image
+
+
+logger = logging.getLogger(__name__)
+
+# Largest mean difference, in nats per token, between the log-probs of a server and of the trainer for the same tokens. In
+# float32 it is about 1e-6, in bfloat16 about 1e-2; another model, image or prompt makes it 0.1 and more
+_TOLERANCE = {"full": 1e-3, "half": 5e-2}
+# Of the comparison of log-probs
+_CHECKED_SAMPLES, _CHECKED_TOKENS = 4, 32
+# Images of a process that are written about at a time
+_IMAGES_AT_A_TIME = 64
+
+
+@dataclass(frozen=True)
+class Written:
+    """
+    What both roles wrote about an image.
+
+    Args:
+        question ([`VLLMCompletion`]):
+            The proposer's completion.
+        answers (`list[VLLMCompletion]`):
+            The solver's.
+    """
+
+    question: VLLMCompletion
+    answers: list[VLLMCompletion]
+
+    def state_dict(self) -> list:
+        """As JSON can hold it."""
+        return [[completion.ids, completion.logps] for completion in (self.question, *self.answers)]
+
+    @classmethod
+    def from_state_dict(cls, state: list) -> "Written":
+        question, *answers = (VLLMCompletion(*completion) for completion in state)
+        return cls(question, answers)
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """The rollout that will be trained on at a step, one future per image."""
+
+    step: int
+    images: "list[Future[Written]]"
+
+    def wait(self) -> list[Written]:
+        try:
+            return [image.result() for image in self.images]
+        except BaseException:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        for image in self.images:
+            image.cancel()
+
+
+class ServedRollouts:
+    """How [`EvoLMMTrainer`] generates with `rollout="vllm"`."""
+
+    def _set_up_servers(self, model_id: str) -> None:
+        """Connects to the servers, if there are to be any, and says what they cannot do before training starts."""
+        self.servers: VLLMServers | None = None
+        self._in_flight: _InFlight | None = None
+        self._next_batches: tuple | None = None
+        self._weighed: dict | None = None  # the batch of the current loss
+        if self.args.rollout != "vllm":
+            return
+        reason = why_not_served(self.model, self._generation_config(SOLVER))
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            reason = "FSDP 1 does not gather an adapter alone. Use FSDP 2, as in accelerate_configs/fsdp2.yaml"
+        if reason is not None:
+            raise ValueError(f"rollout='vllm' is not possible here: {reason}.")
+        args = self.args
+        self.servers = VLLMServers(
+            args.vllm_server_urls,
+            self.model.config.image_token_id,
+            args.vllm_adapter_dir or Path(args.output_dir) / "vllm_adapters",
+            start_timeout=args.vllm_server_timeout,
+            request_timeout=args.vllm_request_timeout,
+        )
+        atexit.register(self.servers.close)
+        self.use_vllm = True  # for TRL's loss, which then multiplies by `importance_sampling_ratio`
+        self._moved = set(self._served_roles)
+        self._checks_left = Counter(dict.fromkeys(self._served_roles, 2))
+        self._sampling_difference = SamplingDifference()
+        self._writers = ThreadPoolExecutor(_IMAGES_AT_A_TIME, thread_name_prefix="rollout")
+        # Of their own, since tokenizers may not be used by two threads at a time
+        self._writers_processor, self._encoding = copy.deepcopy(self.processing_class), threading.Lock()
+        if self.accelerator.is_main_process:
+            self.servers.start(model_id)
+
+    @property
+    def _served_roles(self) -> tuple[str, ...]:
+        """The roles that have an adapter of their own on the servers."""
+        return ROLES if self.roles.separate else (SOLVER,)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Adapters
+
+    def _set_moved(self, *roles: str) -> None:
+        """The servers' adapters of these roles are no longer the trainer's."""
+        if self.servers is not None:
+            self._moved.update(role if self.roles.separate else SOLVER for role in roles)
+
+    def _update_servers(self) -> None:
+        """
+        Gives the servers the adapters that have moved. On all processes together: each gathers, and the main one saves and
+        talks to the servers. What was in flight is waited for, since a step's rollout is of one policy.
+        """
+        if self._in_flight is not None:
+            self._in_flight.wait()
+        if not self._moved:
+            return
+        self.accelerator.wait_for_everyone()  # no process has a request in flight
+        roles = [role for role in self._served_roles if role in self._moved]
+        with self._timed("swap"):
+            for role in roles:
+                state = role_adapter_state(self.model, role)
+                outcome = [None]
+                if self.accelerator.is_main_process:
+                    try:
+                        self.servers.swap(role, partial(save_role_adapter, self.model, role, state))
+                        outcome = [self.servers.adapters]
+                    except VLLMError as error:  # on all processes, of which the others would wait
+                        outcome = [error]
+                broadcast_object_list(outcome)
+                if isinstance(outcome[0], VLLMError):
+                    raise outcome[0]
+                self.servers.adapters = outcome[0]
+        self._moved.clear()
+        for role in roles:
+            # At the start, and again when the role has made its first step: an adapter that is new has no effect
+            if self._checks_left[role] > 0:
+                self._checks_left[role] -= 1
+                for checked in ROLES if not self.roles.separate else (role,):
+                    self._check_servers(checked)
+
+    def _check_servers(self, role: str) -> None:
+        """Fails if a server's log-probs for a role's prompt about the first image are not the trainer's."""
+        image = next(iter(self._images))["image"]
+        prompts = self.prompts
+        messages = (
+            prompts.proposer_messages() if role == PROPOSER else prompts.solver_messages(prompts.default_question)
+        )
+        (prompt,) = encode_prompts(self.processing_class, [messages], [image], **self.chat_template_kwargs)
+        config = self._generation_config(role)
+        # All tokens are compared, those that top-p and its like would leave out too
+        config.top_p, config.top_k, config.min_p, config.repetition_penalty = 1.0, 0, None, 1.0
+        config.max_new_tokens = min(config.max_new_tokens, _CHECKED_TOKENS)
+        seeds = [sample_seed(self.args.seed, "check", role) + i for i in range(_CHECKED_SAMPLES)]
+        request = self._request(role, prompt, self._image_url(prompt), seeds, config)
+        bound = _TOLERANCE["half" if self._is_half() else "full"]
+        for url in self.servers.urls:
+            completions = self.servers.submit(request, url).result()
+            with self._sampling() as model, self.roles.using(role):
+                own = [
+                    processed_logps(model, prompt, completion.ids, config, self._tokenizer.pad_token_id)
+                    for completion in completions
+                ]
+            theirs = torch.tensor([logp for completion in completions for logp in completion.logps])
+            difference = (torch.cat(own).cpu() - theirs).abs()
+            mean = difference.mean().item()
+            if not mean <= bound:  # nor if it is nan
+                raise ValueError(
+                    f"The log-probs of the vLLM server at {url} are not the trainer's: for the {role}'s prompt and the first "
+                    f"image they differ by {mean:.2g} nats per token, at most by {difference.max().item():.2g}, over "
+                    f"{len(theirs)} tokens that the server sampled; at most {bound:g} on average is rounding in this "
+                    "precision. Its prompt has the same token ids. Likely causes: other weights than the trained model's base "
+                    "(checkpoint, revision, quantization, or --dtype), another image processor, a server without "
+                    "--logprobs-mode processed_logprobs, or an adapter that it applies otherwise. See docs/vllm.md."
+                )
+
+    def _is_half(self) -> bool:
+        """Whether the model computes in half precision, or with weights that are rounded to 4 or 8 bits."""
+        base = base_model(self.model)
+        quantized = getattr(base, "is_quantized", False)
+        return quantized or self.accelerator.mixed_precision != "no" or base.dtype != torch.float32
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Rollouts
+
+    def _image_url(self, prompt: EncodedPrompt) -> str:
+        """The image of a prompt, as the processor has made it."""
+        return image_url(seen_image(prompt.image_inputs, self.processing_class.image_processor))
+
+    def _request(
+        self,
+        role: str,
+        prompt: EncodedPrompt,
+        image: str,
+        seeds: Sequence[int | None],
+        config: GenerationConfig | None = None,
+    ) -> VLLMRequest:
+        return VLLMRequest(
+            role=role if self.roles.separate else SOLVER,
+            prompt_ids=prompt.input_ids.tolist(),
+            image=image,
+            samples=len(seeds),
+            seed=seeds[0],
+            config=self._generation_config(role) if config is None else config,
+        )
+
+    def _send_rollout(self, step: int, rows: list[dict]) -> None:
+        """Sends off the images that step `step` will train on."""
+        questions = self._seeds(PROPOSER, rows, 1, step)
+        answers = self._seeds(SOLVER, rows, self.args.num_votes, step)
+        self._in_flight = _InFlight(
+            step, [self._writers.submit(self._write, *image) for image in zip(rows, questions, answers, strict=True)]
+        )
+
+    def _write(self, row: dict, question_seeds: list[int], answer_seeds: list[int]) -> Written:
+        """One image: the proposer's question, and at once the solver's answers to it. In a thread of its own."""
+        image = self._image_url(row["prompt"])
+        (question,) = self.servers.submit(self._request(PROPOSER, row["prompt"], image, question_seeds)).result()
+        _, questions = self._read_questions([question.ids])
+        with self._encoding:
+            (prompt,) = self._answer_prompts([row], [row["prompt"]], questions, self._writers_processor)
+        return Written(question, self.servers.submit(self._request(SOLVER, prompt, image, answer_seeds)).result())
+
+    def _answer_prompts(self, rows, question_prompts, questions, processor: ProcessorMixin) -> list[EncodedPrompt]:
+        """The solver's prompts for questions about images that are encoded already."""
+        conversations = [self.prompts.solver_messages(question.text) for question in questions]
+        images = [row["image"] for row in rows]
+        return encode_about(processor, conversations, question_prompts, images, **self.chat_template_kwargs)
+
+    def _served_rollout(self, rows: list[dict]) -> list[Written]:
+        """What the servers wrote about the images of this step; with `async_rollouts`, the step before has asked for it."""
+        step = self.state.global_step
+        if self._in_flight is None:
+            self._update_servers()
+            self._send_rollout(step, rows)
+        if self._in_flight.step != step or len(self._in_flight.images) != len(rows):
+            raise RuntimeError(
+                f"The rollout in flight is step {self._in_flight.step}'s, of {len(self._in_flight.images)} images, and this "
+                f"is step {step} with {len(rows)} images."
+            )
+        with self._timed("rollout"):
+            written = self._in_flight.wait()
+        self._in_flight = None
+        return written
+
+    def _send_next_rollout(self) -> None:
+        """With `async_rollouts`: sends off the next step's images, under the adapters as they are before this update."""
+        step = self.state.global_step + 1
+        batches = self._next_batches
+        if not self.args.async_rollouts or batches is None or step >= self.state.max_steps:
+            return
+        if self.schedule.role(step) == SOLVER:
+            self._update_servers()
+            self._send_rollout(step, batches[0][0])
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As the parent; with `async_rollouts` one step ahead, to the end of the epoch."""
+        if not self.args.async_rollouts:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, self._next_batches = self._next_batches, None
+        if batches is None:
+            batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+        following = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._next_batches = following if following[0] else None
+        return batches
+
+    def _drop_rollout(self) -> None:
+        """Forgets what an earlier call of `train` has left."""
+        if self._in_flight is not None:
+            self._in_flight.cancel()
+            wait(self._in_flight.images)
+        self._in_flight = self._next_batches = None
+
+    def _rollout_state(self) -> dict | None:
+        """The rollout in flight, to its end, as JSON can hold it."""
+        if self._in_flight is None:
+            return None
+        return {"step": self._in_flight.step, "images": [written.state_dict() for written in self._in_flight.wait()]}
+
+    def _load_rollout_state(self, state: dict) -> None:
+        images: list[Future[Written]] = []
+        for written in state["images"]:
+            images.append(Future())
+            images[-1].set_result(Written.from_state_dict(written))
+        self._in_flight = _InFlight(state["step"], images)
+
+    def _answers_by_servers(
+        self, prompts: Sequence[EncodedPrompt], seeds: Sequence[Sequence[int | None]]
+    ) -> list[list[list[int]]]:
+        """The solver's completions, one per seed of each prompt; greedy where the seed is `None`."""
+        self._update_servers()
+        asked = []
+        for prompt, group in zip(prompts, seeds, strict=True):
+            url = self._image_url(prompt)
+            greedy = [
+                self.servers.submit(self._request(SOLVER, prompt, url, [None])) for seed in group if seed is None
+            ]
+            drawn = [seed for seed in group if seed is not None]
+            sampled = self.servers.submit(self._request(SOLVER, prompt, url, drawn)) if drawn else None
+            asked.append((greedy, sampled))
+        answers = []
+        for group, (greedy, sampled) in zip(seeds, asked, strict=True):
+            at_once = iter(completion for future in greedy for completion in future.result())
+            others = iter(sampled.result() if sampled is not None else ())
+            answers.append([next(at_once if seed is None else others).ids for seed in group])
+        return answers
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Importance sampling
+
+    def _weigh(self, logps: torch.Tensor) -> None:
+        """Puts the weights into the batch whose loss is being computed, from the log-probs of its forward."""
+        batch, self._weighed = self._weighed, None
+        mask = batch["completion_mask"]
+        sampling_logps = batch.get("sampling_per_token_logps", torch.full_like(logps, torch.nan))
+        difference = log_ratio(logps.detach(), sampling_logps, mask)
+        ratio = None
+        if self.vllm_importance_sampling_correction:
+            bounds = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+            ratio = importance_ratio(difference, self.vllm_importance_sampling_mode, *bounds)
+            batch["importance_sampling_ratio"] = ratio
+        self._sampling_difference.add(difference, ratio, mask)
+
+    def _log_sampling_difference(self) -> None:
+        metrics = self._sampling_difference.metrics(self.accelerator)
+        for name, value in metrics.items():
+            self._log_train(name, value)
+        if metrics.get("sampling/importance_sampling_ratio/max") == 0.0:
+            logger.warning(
+                "All %d samples of step %d are left out: the weights of %s, of what the trainer's model makes likelier or "
+                "less likely than the server's did, are outside the bounds %s and %s. The log-probs differ by %.2g nats per "
+                "token on average.",
+                self._step_rows,
+                self.state.global_step + 1,
+                self.vllm_importance_sampling_mode,
+                self.vllm_importance_sampling_clip_min,
+                self.vllm_importance_sampling_clip_max,
+                metrics["sampling/sampling_logp_difference/mean"],
+            )
+            self._step_advantages = 0  # so that no gradient is expected
+
+
+def why_not_served(model: PreTrainedModel | PeftModel, config: GenerationConfig) -> str | None:
+    """
+    Why vLLM servers cannot sample from a model, or `None` if they can.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The trainer's model.
+        config ([`~transformers.GenerationConfig`]):
+            How it is sampled from.
+
+    Returns:
+        `str` or `None`
+    """
+    if not isinstance(model, PeftModel):
+        return (
+            "without `peft_config` all weights are trained, and servers are given adapters alone. Pass a `LoraConfig`"
+        )
+    base = base_model(model)
+    if base.config.model_type not in FAMILIES:
+        return f"it is verified for {' and '.join(FAMILIES)}, and this model is a {base.config.model_type}"
+    for role in model.peft_config.values():
+        for name in ("rank_pattern", "alpha_pattern", "target_parameters"):
+            if getattr(role, name, None):
+                return f"vLLM does not follow `{name}` of a `LoraConfig`. Leave it unset"
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            if isinstance(module.get_base_layer(), torch.nn.Embedding):
+                return f"vLLM takes no adapter of the embeddings ({name}). Leave them out of `target_modules`"
+            if not name.startswith("model.language_model."):
+                return (
+                    f"vLLM takes adapters of the language model alone, and {name} has one. Add it to `exclude_modules`"
+                )
+    return why_not_generated_shared(config)
+
+
+@torch.no_grad()
+def processed_logps(
+    model: PreTrainedModel, prompt: EncodedPrompt, ids: Sequence[int], config: GenerationConfig, pad_token_id: int
+) -> torch.Tensor:
+    """
+    Log-probs of a completion under the distribution it is drawn from: at the temperature, and without the suppressed tokens.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Unwrapped model in eval mode, with the role's adapter active.
+        prompt ([`EncodedPrompt`]):
+            Prompt with its pixels.
+        ids (`Sequence[int]`):
+            Token ids of the completion.
+        config ([`~transformers.GenerationConfig`]):
+            `temperature` and `suppress_tokens`.
+        pad_token_id (`int`):
+            Padding token.
+
+    Returns:
+        `torch.Tensor` of shape `(completion length,)`, float32
+    """
+    row = continued(prompt, ids[:-1])
+    batch = {name: tensor.to(model.device) for name, tensor in collate_prompts([row], pad_token_id).items()}
+    logits = model(**batch, use_cache=False, logits_to_keep=len(ids)).logits[0].float()
+    if config.suppress_tokens:
+        logits[:, config.suppress_tokens] = -torch.inf
+    logps = (logits / (config.temperature or 1.0)).log_softmax(-1)
+    return logps.gather(1, torch.tensor(ids, device=logps.device)[:, None])[:, 0]
