@@ -17,16 +17,19 @@
 
 import base64
 import io
+import os
 import shutil
 import threading
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import torch
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText
+from transformers.integrations import deepspeed
 
 from evolmm_trl.processing import load_processor
 from evolmm_trl.rollout.generation import generate
@@ -54,7 +57,12 @@ class ServersStandIn:
         self.swap_seconds = defaultdict(list)
         self.faults = Counter()
         self.events: list[tuple] = []  # what happened, in order
-        self.model = AutoModelForImageTextToText.from_pretrained(self.base, dtype=torch.float32).eval()
+        # Whole in this process, whatever the trainer's engine makes of models that are loaded
+        with (
+            mock.patch.object(deepspeed, "_hf_deepspeed_config_weak_ref", None),
+            mock.patch.dict(os.environ, ACCELERATE_USE_FSDP="false"),
+        ):
+            self.model = AutoModelForImageTextToText.from_pretrained(self.base, dtype=torch.float32).eval()
         self.processor = load_processor(self.base)
         self._lock = threading.Lock()
         self._in_flight = Counter()
