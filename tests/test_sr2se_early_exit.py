@@ -218,6 +218,10 @@ def test_reasoning_stops_at_the_first_score_above_the_threshold(policies):
         assert not any(above[:-1])
         assert result.exited_early == (len(above) < 5)
         assert above[-1] or len(above) == 5
+    # To stop where the steps end anyway is not early
+    last = EarlyExitReasoner(policies, gate, max_steps=1).generate(IMAGES, QUESTIONS)
+    assert any(result.scores[0] > gate.threshold.item() for result in last)
+    assert not any(result.exited_early for result in last)
 
 
 def test_what_has_left_takes_no_part_in_further_steps(policies, monkeypatch):

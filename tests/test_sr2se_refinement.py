@@ -20,6 +20,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -124,6 +125,14 @@ def test_a_pair_is_the_first_valid_refinement_and_the_original_description(polic
     expected = {"considered": 4, "initially_right": 1, "discarded": 1, "pairs": 2}
     assert expected.items() <= counts.items()
     assert (counts["chosen_tokens"], counts["rejected_tokens"], counts["chosen_longer"]) == (10, 6, 2)
+
+
+def test_the_gate_learns_from_the_first_descriptions_and_whether_they_suffice(policies, rows):
+    scripted, asked = Scripted(policies.processor, LOOKS, ANSWERS), []
+    reasoner = SimpleNamespace(roll_out=lambda *args: asked.append(args) or "rollouts")
+    *_, rollouts = PairMaker(scripted, RefinementConfig(), reasoner=reasoner)(rows, 0, roll_out=True)
+    assert rollouts == "rollouts"
+    assert asked == [([f"q{i}" for i in range(4)], ["7"] * 4, ["r0", "w1", "w2", "w3"], [True, False, False, False])]
 
 
 def test_no_more_than_n_max_refinements_are_made(policies, rows):
