@@ -127,7 +127,7 @@ def test_an_error_of_the_page_is_said_once_and_does_not_fail_the_training(base, 
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("evolmm_trl.trainer.write_report", fail)
+    monkeypatch.setattr("evolmm_trl.records.write_report", fail)
     with caplog.at_level(logging.WARNING, logger="evolmm_trl"):
         result = make(base, tmp_path, max_steps=1, write_report=True).train()
     assert result.global_step == 1

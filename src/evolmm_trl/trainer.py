@@ -14,7 +14,6 @@
 
 import logging
 import math
-import os
 import textwrap
 import time
 from collections import defaultdict
@@ -22,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object, send_to_device, set_seed
@@ -38,7 +36,6 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
@@ -51,13 +48,12 @@ from .engines import engine_optimizer, whole_weights
 from .evaluation.loop import LabelledEvaluation
 from .health.guard import CollapseGuard
 from .health.questions import cluster_shares
-from .health.run import RunHealth
 from .kl import AdaptiveKL
 from .memory import Prompt, Sharding, describe
-from .monitor import Rollout, RolloutLog, rollout_metrics
+from .monitor import Rollout
 from .processing import load_processor, special_tokens
 from .prompts import Question, read_answer, read_question
-from .report import write_report
+from .records import RolloutRecords
 from .rewards import (
     PROPOSER_ENTROPY_MEAN,
     PROPOSER_ENTROPY_STD,
@@ -106,8 +102,7 @@ from .shared_prefix import (
 )
 from .sr2se.early_exit import ConfidenceGate
 from .state import check_complete, last_complete_checkpoint
-from .thumbnails import REPORT_FOLDER, Thumbnails, image_digest
-from .trackers import RolloutPictures
+from .thumbnails import image_digest
 from .voting import Vote, is_settled, vote
 
 
@@ -121,7 +116,7 @@ _ROW_MEAN_LOSSES = ("grpo", "dr_grpo", "sapo", "luspo")
 _SHARED_PREFIX_TOLERANCE = {"full": 1e-3, "half": 5e-2}
 
 
-class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, ServedRollouts, GRPOTrainer):
+class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedRollouts, GRPOTrainer):
     """
     Trains a vision-language model on images alone, by the method of [EvoLMM](https://huggingface.co/papers/2511.16672).
 
@@ -282,11 +277,7 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, ServedRollouts, GRPOTra
         self.schedule = RoleSchedule(args.proposer_update_every, args.train_proposer)
         self.kl = {role: self._adaptive_kl(role) for role in ROLES}
         self.baselines = {role: EMABaseline(args.baseline_momentum) for role in ROLES}
-        self.rollout_log = RolloutLog(Path(args.output_dir) / "rollouts.jsonl")
-        self.preference_log = RolloutLog(Path(args.output_dir) / "preferences.jsonl")
-        self.health = RunHealth()
-        self.thumbnails = Thumbnails(Path(args.output_dir), args.report_images)
-        self._pictures = RolloutPictures(self.callback_handler)
+        self._set_up_records()
         self._pending_questions: list[Sample] = []  # asked since the proposer's last step
         self._micro_batches: list[list[_Part]] = []  # of the current optimizer step
         self._model_inputs = None  # of the current forward, for `_get_per_token_logps_and_entropies`
@@ -1118,85 +1109,6 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, ServedRollouts, GRPOTra
         """The optimizer step, counted from 1, that will train on questions asked at `step`; `None` if the run ends first."""
         next_step = self.schedule.next_proposer_step(step)
         return next_step + 1 if next_step is not None and next_step < self.state.max_steps else None
-
-    def _record(self, rollouts: list[Rollout], rows: list[dict]) -> None:
-        """Logs the rollouts of all processes, to the rollout log, the metrics and TRL's completion tables."""
-        records = gather_object([rollout.record(self.state.global_step + 1) for rollout in rollouts])
-        for name, value in {**rollout_metrics(records), **self.health.observe(records)}.items():
-            self._log_train(name, value)
-        if self.args.early_votes:
-            self._log_train("votes", sum(len(record["answers"]) for record in records) / len(records))
-        images = [row["image"] for row in rows]
-        if self.args.report_images:
-            candidates = self.thumbnails.candidates([rollout.image_digest for rollout in rollouts], images)
-            candidates = {digest: file for found in gather_object([candidates]) for digest, file in found.items()}
-            self.thumbnails.keep(candidates, write=self.accelerator.is_main_process)
-        if self.accelerator.is_main_process:
-            self.rollout_log.write(records)
-            if self.log_multimodal:
-                self._pictures.log(records[: len(images)], images, self.state.max_steps)
-        if self.args.collect_preferences:
-            self._collect_preferences(rollouts, rows)
-        if not self.log_completions:
-            return
-        n = self.args.num_generations
-        images = gather_object([[image] for image in images]) if self.log_multimodal else [None] * len(records)
-        for image, record in zip(images, records, strict=True):
-            prompt = [{"role": "user", "content": self.prompts.solver.replace("{question}", record["question"])}]
-            for answer in record["answers"][:n]:
-                self._logs["prompt"].append(prompt)
-                self._logs["completion"].append([{"role": "assistant", "content": answer["completion"]}])
-                self._logs["rewards"]["reward"].append(answer["reward"])
-                self._logs["advantages"].append(answer["advantage"])
-                if self.log_multimodal:
-                    self._logs["images"].append(image)
-
-    def _collect_preferences(self, rollouts: list[Rollout], rows: list[dict]) -> None:
-        """Writes the disagreements of all processes, and their images, under names that their pixels give."""
-        folder = self.preference_log.path.parent
-        pairs = []
-        for rollout, row in zip(rollouts, rows, strict=True):
-            pair = rollout.preference(self.args.preference_agreement)
-            if pair is None:
-                continue
-            image = row["image"]
-            file = folder / "preference_images" / f"{rollout.image_digest}.png"
-            if not file.is_file():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                temporary = file.with_suffix(f".{self.accelerator.process_index}.tmp")
-                image.save(temporary, "PNG")
-                os.replace(temporary, file)
-            pairs.append({"image_path": file.relative_to(folder).as_posix(), **pair})
-        pairs = gather_object(pairs)
-        self._log_train("preference_pairs", len(pairs))
-        if self.accelerator.is_main_process:
-            self.preference_log.write(pairs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the parent, which shows completions again where there are none since, and with the scores of evaluation."""
-        wanted = self.log_completions
-        self.log_completions = wanted and self.model.training and bool(self._logs["completion"])
-        super().log(logs, start_time)
-        if self.log_completions:
-            for column in ("prompt", "completion", "rewards", "advantages", "images"):
-                self._logs[column].clear()
-        self.log_completions = wanted
-
-    def _write_report(self) -> None:
-        folder = Path(self.args.output_dir)
-        try:
-            (folder / REPORT_FOLDER).mkdir(parents=True, exist_ok=True)
-            self.state.save_to_json(str(folder / REPORT_FOLDER / TRAINER_STATE_NAME))
-            page = write_report(folder, history=self.state.log_history)
-        except Exception as error:  # whatever it is: the training is done, and its page can be written later
-            logger.warning(
-                "The report was not written: %s: %s. The training is done; `evolmm report %s` tries again.",
-                type(error).__name__,
-                error,
-                folder,
-            )
-        else:
-            print(f"Report: {page}")
 
     def _log_train(self, name: str, value: float) -> None:
         self._metrics["train"][name].append(value)
