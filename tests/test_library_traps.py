@@ -416,7 +416,7 @@ def test_a_unanimous_group_is_not_blown_up_into_a_length_reward(base, baseline, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_vllm": True}, "`use_vllm=True` is not supported.*Set `use_vllm=False`"),
+        ({"use_vllm": True}, "`use_vllm=True` is not supported.*Set rollout=.vllm."),
         ({"scale_rewards": "group"}, "scale_rewards='group' is not supported.*Set scale_rewards='none'"),
         ({"scale_rewards": "batch"}, "scale_rewards='batch' is not supported.*Set scale_rewards='none'"),
         ({"num_iterations": 2}, "num_iterations=2.*exactly one optimizer step. Leave `num_iterations`"),
