@@ -17,6 +17,8 @@
 import argparse
 import sys
 
+from . import positive
+
 
 def add_command(commands) -> None:
     """Adds `eval` to the parser of `evolmm`."""
@@ -31,10 +33,12 @@ def add_command(commands) -> None:
         "on 8 GPUs:\n"
         "  accelerate launch --num_processes 8 -m evolmm_trl.cli eval ...",
     )
-    parser.add_argument("--model", required=True, help="id or path of the base model")
-    parser.add_argument("--adapter", help="id or path of the trained adapters; without it the base model answers")
+    parser.add_argument("--model", required=True, help="the base model: id on the Hub or folder")
     parser.add_argument(
-        "--role", choices=("solver", "proposer"), default="solver", help="whose adapter answers (default: %(default)s)"
+        "--adapter", help="the trained adapters, id on the Hub or folder; without it the base model answers"
+    )
+    parser.add_argument(
+        "--role", choices=("solver", "proposer"), default="solver", help="whose adapter answers (solver)"
     )
     parser.add_argument("--tasks", required=True, help="names of lmms-eval's tasks, joined by commas")
     parser.add_argument("--output_dir", required=True, help="folder for the logs, without an evaluation in it")
@@ -42,19 +46,17 @@ def add_command(commands) -> None:
         "--prompt",
         default="task",
         help="task: ask in the task's words; solver: in the solver's prompt, and score what stands between the answer "
-        "tags; or a JSON file with the run's prompts (default: %(default)s)",
+        "tags; or a JSON file with other prompts (task)",
     )
-    parser.add_argument("--batch_size", type=int, default=8, help="questions at a time (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="only the first questions of each task")
-    parser.add_argument("--include_path", help="a folder with tasks of your own")
+    parser.add_argument("--batch_size", type=positive, default=8, help="questions at a time (8)")
+    parser.add_argument("--limit", type=positive, help="only the first questions of each task")
+    parser.add_argument("--include_path", metavar="FOLDER", help="tasks of your own")
+    parser.add_argument("--min_pixels", type=positive, help="enlarge smaller images to this area (the processor's)")
+    parser.add_argument("--max_pixels", type=positive, help="shrink larger images to this area (the processor's)")
+    parser.add_argument("--max_new_tokens", type=positive, help="longest answer, in tokens (the task's)")
     parser.add_argument(
-        "--min_pixels", type=int, help="smaller images are scaled up; by default as the model's processor"
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="precision of the weights"
     )
-    parser.add_argument(
-        "--max_pixels", type=int, help="larger images are scaled down; by default as the model's processor"
-    )
-    parser.add_argument("--max_new_tokens", type=int, help="longest answer; by default as the task says")
-    parser.add_argument("--dtype", default="auto", help="precision of the weights (default: that of the checkpoint)")
     parser.set_defaults(run=_run)
 
 

@@ -93,7 +93,7 @@ def evaluate(
 
     lm, arguments = EvoLMM(model, **kwargs), {"pretrained": model, **kwargs}
     errors: list[str] = []
-    sink = lmms_eval_logger.add(errors.append, level="ERROR", format="{message}")
+    sink = lmms_eval_logger.add(lambda message: errors.append(str(message)), level="ERROR", format="{message}")
     judged = any(task.startswith(_JUDGED) for task in tasks)
     try:
         # Tasks print while they aggregate
