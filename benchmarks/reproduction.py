@@ -97,7 +97,7 @@ def differences() -> str:
         rows.append([name, f"{benchmark.questions:,}", *numbers, *(f"±{floor:.2f}" for floor in floors), seen, needed])
     header = ["benchmark", "questions", "base", "gain, paper", "gain, DUEL"]
     header += [f"noise floor, {100 * changed:.0f} % changed" for changed in CHANGED]
-    return table([*header, "seen by one run?", "questions that would"], rows)
+    return table([*header, "seen by one run?", "questions needed"], rows)
 
 
 def seconds(flops: float, bytes_read: float) -> float:
