@@ -168,7 +168,7 @@ def _write(
     samples, means = results.pop("samples"), {}
     for task, of_task in samples.items():
         config = results["configs"][task]
-        scores = [_score(sample[main_metric(config)], config) for sample in of_task]
+        scores = [_score(sample.get(main_metric(config)), config) for sample in of_task]
         if not _is_mean(scores, results["results"][task], main_metric(config)):
             logger.warning(
                 "The score of %s is not the mean of its samples' scores: it is reported and cannot be compared.", task
@@ -201,5 +201,5 @@ def _is_mean(scores: Sequence[float | None], reported: dict, metric: str) -> boo
     if None in scores:
         return False
     # Some tasks report percent, rounded, and one reports `None` for 0
-    value = next(value for name, value in reported.items() if name.startswith(f"{metric},")) or 0.0
+    value = next((value for name, value in reported.items() if name.startswith(f"{metric},")), None) or 0.0
     return any(math.isclose(scale * fmean(scores), value, abs_tol=1e-4 * scale) for scale in (1, 100))

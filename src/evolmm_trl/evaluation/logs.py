@@ -171,7 +171,12 @@ def _question(sample: dict) -> dict:
 
 def main_metric(config: Mapping) -> str:
     """The first metric of a task's configuration, which is the one that papers report."""
-    return config["metric_list"][0]["metric"]
+    metrics = config.get("metric_list")
+    if not metrics:
+        raise ValueError(
+            f"The task {config.get('task')} names no metric in its configuration: give it a `metric_list`."
+        )
+    return metrics[0]["metric"]
 
 
 def read_score(value) -> float | None:
