@@ -32,7 +32,7 @@ from huggingface_hub import snapshot_download
 from tiny_trainer import TalkingTrainer, config, image_dataset, lora, noise_images
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
-from evolmm_trl import RolePrompts, load_processor, load_solver, merge_solver
+from evolmm_trl import RolePrompts, load_processor, load_prompts, load_solver, merge_solver
 
 
 TOKEN = os.environ["MY_TOKEN"]
@@ -108,6 +108,9 @@ def pull(folder: Path) -> dict:
     for name, adapter in {"ours": "alice/whole", "authors": "lab/authors", "private": "alice/last"}.items():
         model, processor = load_solver("alice/base", adapter, dtype=torch.float32, token=TOKEN)
         seen[name] = difference(logits(model, processor), expected)
+    saved = load_prompts(whole)
+    seen["prompts"] = saved is not None and load_prompts("alice/last", token=TOKEN) == saved
+    seen["prompts_of_authors"] = load_prompts("lab/authors", token=TOKEN)
     seen["processor"] = type(processor).__name__
 
     merge_solver("alice/base", "alice/whole", str(folder / "merged"), token=TOKEN)

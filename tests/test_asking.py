@@ -25,6 +25,7 @@ from tiny_trainer import lora
 from transformers import AutoModelForImageTextToText
 
 from evolmm_trl import RolePrompts, ask, canonical_answer, cli, load_solver
+from evolmm_trl.asking import _seeds
 from evolmm_trl.data import UnreadableImageError
 from evolmm_trl.prompts import read_answer
 
@@ -69,9 +70,13 @@ def test_the_majority_of_the_samples_is_the_answer(replies, rows):
 def test_an_answer_does_not_depend_on_what_is_asked_beside_it(demo_model, rows, replies):
     assert sampled(demo_model, rows[3:6], batch_size=2) == replies[3:6]
     assert sampled(demo_model, rows[3:6], seed=1) != replies[3:6]
-    # Samples of a question differ between images, too
-    same = sampled(demo_model, [row | {"question": rows[0]["question"]} for row in rows[:2]])
-    assert same[0] == replies[0] and same[1].completions != same[0].completions
+
+
+def test_every_image_question_and_sample_has_a_random_stream_of_its_own(rows):
+    images = [row["image"] for row in rows[:2]]
+    streams = [seed for image in images for text in ("a", "b") for seed in _seeds(0, 3, image, text)]
+    assert len(set(streams)) == 12
+    assert _seeds(0, 3, images[0].copy(), "a") == streams[:3]
 
 
 def test_one_sample_is_greedy(demo_model, rows):

@@ -200,6 +200,11 @@ def test_the_token_reaches_the_base_model_its_processor_and_the_adapter(pulled):
     assert "Processor" in pulled["processor"]
 
 
+def test_the_prompts_come_with_what_was_trained(pulled):
+    assert pulled["prompts"] is True
+    assert pulled["prompts_of_authors"] is None
+
+
 @pytest.mark.parametrize("name", ["private_without_token", "private_with_another_token", "nowhere"])
 def test_what_cannot_be_read_is_said(pulled, name):
     assert "is neither a folder nor a repository on the Hub that can be read" in pulled[name]
