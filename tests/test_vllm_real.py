@@ -44,7 +44,7 @@ def servers(vllm_server, policy, tmp_path):
 
 def client(vllm_server, policy, folder, uploads: bool | None = False, **kwargs) -> VLLMServers:
     """A client whose adapters the server reads where they are; with `uploads=None` they are uploaded, since it takes them."""
-    settings = {"request_timeout": 60, **kwargs}
+    settings = {"start_timeout": 600, "request_timeout": 120, **kwargs}
     servers = VLLMServers([vllm_server.url], policy.image_token_id, folder / "adapters", **settings)
     servers._servers[0].takes_uploads = uploads
     return servers

@@ -74,7 +74,7 @@ class VLLMProcess:
             self.wait()
         return self
 
-    def wait(self, limit: float = 240) -> None:
+    def wait(self, limit: float = 600) -> None:
         """Waits until the server answers."""
         end = time.monotonic() + limit
         while not self.is_up():
