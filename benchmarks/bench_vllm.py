@@ -282,8 +282,9 @@ def main() -> None:
             folder = Path(name)
             base = widen(ROOT / "examples" / "demo" / "models" / "room", folder / "base")
             images = load_images(make_images(folder / "images", EVOLVE_SEEDS[:1000]), streaming=False)
-            server = VLLMProcess(base, folder / "server.log", "--max-lora-rank", "8").start()
+            server = VLLMProcess(base, folder / "server.log", "--max-lora-rank", "8").start(wait=False)
             try:
+                server.wait(1200)
                 for part in arguments.parts:
                     PARTS[part](base, images, folder, server, found, save)
                     found.setdefault("machine", {})[part] = environment()

@@ -573,6 +573,7 @@ SIGNATURES = {
     "create_optimizer": "self, model=None",
     "evaluation_loop": "self, dataloader, description, prediction_loss_only=None, ignore_keys=None, "
     "metric_key_prefix='eval'",
+    "get_batch_samples": "self, epoch_iterator, num_batches, device",
     "get_decay_parameter_names": "self, model",
     "get_eval_dataloader": "self, eval_dataset=None",
     "get_optimizer_cls_and_kwargs": "args, model=None",

@@ -309,11 +309,12 @@ class ServedRollouts:
         return batches
 
     def _drop_rollout(self) -> None:
-        """Forgets what an earlier call of `train` has left."""
+        """Forgets what an earlier call of `train` has left, and what the servers hold."""
         if self._in_flight is not None:
             self._in_flight.cancel()
             wait(self._in_flight.images)
         self._in_flight = self._next_batches = None
+        self._set_moved(*ROLES)
 
     def _rollout_state(self) -> dict | None:
         """The rollout in flight, to its end, as JSON can hold it."""
