@@ -80,11 +80,6 @@ class ServersStandIn:
         folder = self.adapter_dir / name
         folder.mkdir(parents=True)
         save(folder)
-        with self._lock:
-            if isinstance(self.model, PeftModel):
-                self.model.load_adapter(str(folder), adapter_name=name)
-            else:
-                self.model = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name).eval()
         self.adapters[role] = ServedAdapter(name, str(folder))
         self.events.append(("swap", role))
         return 0.0
@@ -93,7 +88,16 @@ class ServersStandIn:
         assert url is None or url in self.urls
         self.events.append(("submit", request.role, self.adapters[request.role].name))
         self._in_flight[request.role] += 1
+        self._load(self.adapters[request.role])
         return self._pool.submit(self._complete, request, self.adapters[request.role].name)
+
+    def _load(self, adapter):
+        """On the process that asks, since another may have made the adapter."""
+        with self._lock:
+            if not isinstance(self.model, PeftModel):
+                self.model = PeftModel.from_pretrained(self.model, adapter.folder, adapter_name=adapter.name).eval()
+            elif adapter.name not in self.model.peft_config:
+                self.model.load_adapter(adapter.folder, adapter_name=adapter.name)
 
     def _complete(self, request, adapter):
         try:
