@@ -105,9 +105,19 @@ def test_reading_gives_back_what_was_kept(tmp_path):
     assert read_thumbnail(tmp_path, image_digest(image)) == thumbnail(image)
 
 
-@pytest.mark.parametrize("digest", ["", "../" * 4 + "etc/passwd", "a" * 31, "A" * 32, "a" * 32 + "\n", "/" + "a" * 31])
+@pytest.mark.parametrize(
+    "digest", ["../../../secret", "{folder}/secret", "secret", "A" * 32, "a" * 31, "a" * 32 + "\n", ""]
+)
 def test_no_other_file_is_read_whatever_the_log_names(tmp_path, digest):
-    assert read_thumbnail(tmp_path, digest) is None
+    run = tmp_path / "run"
+    keep(Thumbnails(run, 1), images(1))
+    digest = digest.format(folder=tmp_path)
+    for file in (
+        tmp_path / "secret.webp",
+        *(run / "_report" / "images" / f"{name}.webp" for name in ("secret", "A" * 32)),
+    ):
+        file.write_bytes(thumbnail(*images(1)))
+    assert read_thumbnail(run, digest) is None
 
 
 @pytest.mark.parametrize("content", [b"<svg onload=alert(1)>", b"RIFF0000WAVE", b"RIFF0000WEBP" + b"0" * 24_000])
