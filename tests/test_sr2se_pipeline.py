@@ -181,7 +181,9 @@ def pretend(config: SR2SEConfig, stages=("pairs", "gate", "dpo", "final_gate"), 
     [
         ({}, None, None),
         ({"generation": {"batch_size": 2}}, None, None),
-        ({"generation": {"max_pixels": 2500}}, "final_gate", r"Stage final_gate .* \(generation\)"),
+        ({"generation": {"max_pixels": 2500}}, "dpo", r"Stage dpo .* \(generation\)"),
+        ({"generation": {"max_step_tokens": 9}}, "dpo", None),
+        ({"generation": {"max_step_tokens": 9}}, "final_gate", r"Stage final_gate .* \(generation\)"),
         ({"refinement": {"max_refinements": 1}}, None, r"Stage pairs .* \(refinement\)"),
         # Of a stage alone, too: its forerunners were done for other settings
         ({"refinement": {"max_refinements": 1}}, "gate", r"Stage pairs .* \(refinement\)"),

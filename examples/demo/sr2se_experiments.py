@@ -478,7 +478,6 @@ def job_votes(seed: int) -> dict:
         sure = (gate(hidden) > gate.threshold).tolist()
     result = {"all": _votes_result(votes, votes, truths), "threshold": gate.threshold.item()}
     result["ece"] = report["held_out_ece"]
-    result["trained"] = _votes_result([vote(cast.answers[:TRAINED]) for cast in votes], votes, truths)
     for name, gated in (("settled", False), ("gate", True)):
         stopped = []
         for cast, opens in zip(votes, sure, strict=True):
@@ -816,7 +815,6 @@ def vote_tables(results: dict) -> list[str]:
     rows = []
     for name, title in (
         ("all", f"all {VOTES} answers"),
-        ("trained", f"the {TRAINED} that are trained on, no more"),
         ("settled", "until the majority is settled"),
         ("gate", "until it is settled or the gate is sure"),
     ):

@@ -504,8 +504,9 @@ class _Run:
         if not config.labels and stage in ("pairs", "final_gate"):
             names += ("labeller", "role_prompts")
         settings = {name: getattr(config, name) for name in (*names, "dtype", "seed")}
-        # How many prompts fit into memory is no matter of the outcome
-        settings["generation"] = {name: value for name, value in config.generation.items() if name != "batch_size"}
+        # Training reads images alone, and how many prompts fit into memory is no matter of the outcome
+        without = {"batch_size"} if "data" in names else set(config.generation) - {"max_pixels"}
+        settings["generation"] = {name: value for name, value in config.generation.items() if name not in without}
         for name in ("data", "sft_data"):
             if name in names:
                 settings[f"content of {name}"] = self.contents[name]
