@@ -100,7 +100,7 @@ class CollapseGuard(TrainerCallback):
         max_blind_solved (`float` or `None`, *optional*, defaults to `0.7`):
             Largest share of questions whose majority answer is the same without the image. Needs
             `EvoLMMConfig.blind_questions`.
-        max_kl (`float` or `None`, *optional*, defaults to `0.5`):
+        max_kl (`float` or `None`, *optional*, defaults to `0.15`):
             Largest KL of either role to the frozen base, in nats per completion token.
         max_accuracy_drop (`float` or `None`, *optional*, defaults to `0.02`):
             How far accuracy on `eval_dataset` may fall below the best evaluation so far while agreement there rises.
@@ -123,7 +123,7 @@ class CollapseGuard(TrainerCallback):
         min_entropy: float | None = 0.02,
         min_distinct_questions: float | None = 0.2,
         max_blind_solved: float | None = 0.7,
-        max_kl: float | None = 0.5,
+        max_kl: float | None = 0.15,
         max_accuracy_drop: float | None = 0.02,
         evaluation_patience: int = 2,
         accuracy: str = "eval_accuracy_greedy",
