@@ -6,7 +6,7 @@ BASES := room narrow noisy
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export PYTHONMALLOC ?= malloc
 
-.PHONY: venv demo demo-model demo-model-sr2se experiments experiments-sr2se test lint format
+.PHONY: venv demo demo-model demo-model-sr2se experiments experiments-sr2se experiments-health test lint format
 
 venv: .venv/.installed
 
@@ -36,6 +36,10 @@ demo-model-sr2se: venv
 
 experiments-sr2se: venv
 	OMP_NUM_THREADS=1 $(PY) examples/demo/sr2se_experiments.py run
+
+# The guard against collapse and the proposer's penalties
+experiments-health: venv
+	OMP_NUM_THREADS=1 $(PY) examples/demo/health_experiments.py run
 
 test: venv
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup

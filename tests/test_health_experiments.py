@@ -87,5 +87,5 @@ def test_a_collapse_is_judged_by_the_start_and_by_the_best(page, tmp_path, monke
     assert "less than 3 points below the best measured before in 1" in text
     assert "healthy: 0 of 1 runs ended" in text
     assert "flagged in 1 of 2 runs, at step 9, by distinct_questions" in text
-    assert "| `solver/kl` | 0.200 | 0.200 | `max_kl=0.5` |" in text
+    assert "| `solver/kl` | 0.200 | 0.200 | `max_kl=0.15` |" in text
     assert "| base `room`, no penalty | 1 | 0.10 | 0.90 | 0.30 | 0.10 | 0.25 | 10.0 | 0.80 |" in text

@@ -22,6 +22,7 @@ Results go to `docs/experiments/health_results.jsonl`, one line per run with wha
 """
 
 import argparse
+import inspect
 import json
 import multiprocessing
 import random
@@ -30,26 +31,29 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 import torch
 from charts import (
     COLOURS,
     EVOLVE_SEEDS,
     TEST_SEEDS,
+    VAL_SEEDS,
     WARM_START_SEEDS,
     chart,
     labelled_questions,
     make_images,
     sample_question,
 )
+from datasets import Dataset
 from demo import HERE, PROMPTS, demo_config, demo_lora, load_model
 from evaluate import evaluate_proposer, evaluate_solver
-from experiments import DOCS, _start_worker
+from experiments import DOCS, _start_worker, in_place
 from make_demo_model import BASES, WarmStartData, sample_example
 from transformers import PrinterCallback, TrainerCallback
 
 from evolmm_trl import CollapseGuard, EvoLMMTrainer, load_images
+from evolmm_trl.health import cluster_shares
 from evolmm_trl.prompts import Question
 
 
@@ -101,19 +105,44 @@ def _asked(trainer, questions: list[str]):
     return ids, texts, [Question(question, True) for question in questions]
 
 
-_SMALL = {"per_device_train_batch_size": 40, "blind_questions": 4}  # 8 images x 5 answers
+# 4 images x 5 answers, half of the questions also without the image
+_SMALL = {"per_device_train_batch_size": 20, "blind_questions": 2, "max_completion_length": 24}
+# The demo's 16 images x 5 answers
+_HABIT = {"max_steps": 20, "per_device_train_batch_size": 80, "blind_questions": 8}
 # name: what it is, base, trainer, seeds, changes to the demo's settings
 ARMS = {
     "collapse": (
         "collapse: KL off, learning rate 1e-3",
         "room",
         EvoLMMTrainer,
-        range(5),
+        range(10, 15),
         {"beta": 0.0, "learning_rate": 1e-3, "max_steps": 300},
     ),
+    "collapse_late": (
+        "the same, with `max_kl=0.5`",
+        "room",
+        EvoLMMTrainer,
+        (4,),
+        {"beta": 0.0, "learning_rate": 1e-3, "max_steps": 300},
+    ),
+    "collapse_agreed": (
+        "collapse on base `noisy`, with 200 labelled questions",
+        "noisy",
+        EvoLMMTrainer,
+        range(5),
+        {
+            "beta": 0.0,
+            "learning_rate": 1e-3,
+            "max_steps": 60,
+            "eval_strategy": "steps",
+            "eval_steps": 5,
+            "per_device_eval_batch_size": 100,
+            "num_generations_eval": 2,
+        },
+    ),
     "healthy": ("healthy", "room", EvoLMMTrainer, range(5), {"learning_rate": 5e-4, "max_steps": 300}),
-    "template": ("habit: one template", "taught", OneTemplate, range(3), {"max_steps": 20}),
-    "needs_no_image": ("habit: needs no image", "taught", NeedsNoImage, range(3), {"max_steps": 20}),
+    "template": ("habit: one template", "room", OneTemplate, range(3), _HABIT),
+    "needs_no_image": ("habit: needs no image", "taught", NeedsNoImage, range(3), _HABIT),
     "repeats": ("no penalty", "room", EvoLMMTrainer, range(3), {"max_steps": 120}),
     "repeats_less": (
         "`diversity_weight=1`",
@@ -122,13 +151,13 @@ ARMS = {
         range(3),
         {"max_steps": 120, "diversity_weight": 1.0},
     ),
-    "guesses": ("no penalty", "taught", EvoLMMTrainer, range(3), {"max_steps": 60, "blind_questions": 8}),
+    "guesses": ("no penalty", "taught", EvoLMMTrainer, range(3), {"max_steps": 60}),
     "guesses_less": ("`blind_weight=1`", "taught", EvoLMMTrainer, range(3), {"max_steps": 60, "blind_weight": 1.0}),
 }
-GUARDED = ("collapse", "healthy", "template", "needs_no_image")
+GUARDED = ("collapse", "collapse_late", "collapse_agreed", "healthy", "template", "needs_no_image")
 # Steps between two measurements of accuracy, which the guard knows nothing of
-MEASURED_EVERY = {"collapse": 10, "healthy": 50}
-QUESTIONS = 1000
+MEASURED_EVERY = {"collapse": 25, "collapse_late": 25, "collapse_agreed": 5, "healthy": 100}
+QUESTIONS = {"collapse": 500}  # of the others 300
 
 
 class Lessons(WarmStartData):
@@ -172,7 +201,7 @@ def teach(output: Path) -> None:
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.0)
     model.train()
-    for _ in range(300):
+    for _ in range(200):
         loss = model(**data.batch(32), use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -186,9 +215,9 @@ def teach(output: Path) -> None:
 class Accuracy(TrainerCallback):
     """Greedy accuracy of the solver now and then, and after the last step."""
 
-    def __init__(self, processor, every: int | None):
+    def __init__(self, processor, every: int | None, questions: int):
         self.processor, self.every = processor, every
-        self.rows = labelled_questions(TEST_SEEDS[:QUESTIONS])
+        self.rows = labelled_questions(TEST_SEEDS[:questions])
         self.scores = []
 
     def measure(self, step: int) -> None:
@@ -208,16 +237,20 @@ class Accuracy(TrainerCallback):
             self.measure(state.global_step)
 
 
-def run_one(arm: str, seed: int, taught: str) -> dict:
+def run_one(arm: str, seed: int, images: Path, taught: Path) -> dict:
     _, base, trainer_class, _, changes = ARMS[arm]
     model, processor = load_model(taught if base == "taught" else HERE / "models" / base)
     folder = Path(tempfile.mkdtemp(prefix="evolmm-health-"))
-    guard = CollapseGuard()
-    accuracy = Accuracy(processor, MEASURED_EVERY.get(arm))
+    guard = CollapseGuard(**({"max_kl": 0.5} if arm == "collapse_late" else {}))
+    accuracy = Accuracy(processor, MEASURED_EVERY.get(arm), QUESTIONS.get(arm, 300))
+    labelled = None
+    if arm == "collapse_agreed":
+        labelled = Dataset.from_list(labelled_questions(VAL_SEEDS[:200]))
     trainer = trainer_class(
         model=model,
         args=demo_config(folder, seed=seed, **{**_SMALL, **changes}),
-        train_dataset=load_images(make_images(folder / "images", EVOLVE_SEEDS[:1000]), streaming=False),
+        train_dataset=load_images(images, streaming=False),
+        eval_dataset=labelled,
         processing_class=processor,
         peft_config=demo_lora(),
         callbacks=[accuracy, *([guard] if arm in GUARDED else [])],
@@ -232,6 +265,7 @@ def run_one(arm: str, seed: int, taught: str) -> dict:
         questions = evaluate_proposer(trainer.model, processor, [chart(s) for s in TEST_SEEDS[:200]], PROMPTS)
     shutil.rmtree(folder)
     alarm = guard.alarm
+    steps = sorted({record["step"] for record in records})
     return {
         "arm": arm,
         "seed": seed,
@@ -239,10 +273,8 @@ def run_one(arm: str, seed: int, taught: str) -> dict:
         "alarm": None if alarm is None else {"condition": alarm.condition, "step": alarm.step, "reason": alarm.reason},
         "accuracy": accuracy.scores,
         "questions": questions,
-        "guessed": [
-            round(fmean(r["question"] == GUESS for r in records if r["step"] == step), 3)
-            for step in sorted({r["step"] for r in records})
-        ],
+        "clusters": [_mean_cluster([r["question"] for r in records if r["step"] == step]) for step in steps],
+        "guessed": [round(fmean(r["question"] == GUESS for r in records if r["step"] == step), 3) for step in steps],
         "log": [
             {"step": row["step"], **{name: round(row[name], 4) for name in LOGGED if name in row}}
             for row in trainer.state.log_history
@@ -252,22 +284,28 @@ def run_one(arm: str, seed: int, taught: str) -> dict:
     }
 
 
+def _mean_cluster(questions: list[str]) -> float:
+    return round(fmean(cluster_shares(questions)), 3)
+
+
 def _run(job: tuple) -> dict:
     return run_one(*job)
 
 
 def run(processes: int, only: str | None) -> None:
-    done = {(row["arm"], row["seed"]) for row in read_results()}
+    done = {(row["arm"], row["seed"]) for row in read_results() if is_whole(row)}
     jobs = [(arm, seed) for arm, (_, _, _, seeds, _) in ARMS.items() for seed in seeds]
     jobs = [job for job in jobs if job not in done and (only is None or re.fullmatch(only, f"{job[0]}/{job[1]}"))]
     DOCS.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="evolmm-taught-") as taught:
+    with tempfile.TemporaryDirectory(prefix="evolmm-health-") as folder:
+        torch.set_num_threads(1)
+        images, taught = make_images(Path(folder) / "images", EVOLVE_SEEDS[:1000]), Path(folder) / "taught"
         if any(ARMS[arm][1] == "taught" for arm, _ in jobs):
-            torch.set_num_threads(1)
-            teach(Path(taught))
-        context = multiprocessing.get_context("spawn")
+            teach(taught)
+        # Forked, which spares every process the imports; one thread each
+        context = multiprocessing.get_context("fork")
         with context.Pool(processes, initializer=_start_worker) as pool, open(RESULTS, "a") as file:
-            for i, result in enumerate(pool.imap_unordered(_run, [(*job, taught) for job in jobs])):
+            for i, result in enumerate(pool.imap_unordered(_run, [(*job, images, taught) for job in jobs])):
                 file.write(json.dumps(result) + "\n")
                 file.flush()
                 alarm = result["alarm"]
@@ -279,8 +317,145 @@ def run(processes: int, only: str | None) -> None:
                 )
 
 
+def is_whole(result: dict) -> bool:
+    """Whether a run was ended by the guard or came to its last step. One that was interrupted is run again."""
+    return result["alarm"] is not None or result["steps"] == ARMS[result["arm"]][-1]["max_steps"]
+
+
 def read_results() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    """The last result of each run."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return list({(row["arm"], row["seed"]): row for row in rows}.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
+def _last(result: dict, name: str, rows: int = 20) -> float:
+    """Mean of a metric over the run's last rows that have it."""
+    return fmean([row[name] for row in result["log"] if name in row][-rows:])
+
+
+def _extremes(results: list[dict], name: str, window: int = 5) -> tuple[float, float]:
+    """Smallest and largest mean over a window, of all runs: what the guard judges."""
+    means = []
+    for result in results:
+        values = [row[name] for row in result["log"] if name in row]
+        means += [fmean(values[i : i + window]) for i in range(len(values) - window + 1)]
+    return min(means), max(means)
+
+
+def _guard_rows(results: list[dict], arms: tuple[str, ...]) -> list[str]:
+    rows = [
+        "| run | seed | ended at step | condition | accuracy at the start | best | at the end | end minus best, points |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in arms:
+        for result in _of(results, arm):
+            scores = [score for _, score in result["accuracy"]]
+            condition = result["alarm"]["condition"] if result["alarm"] else "none"
+            rows.append(
+                f"| {ARMS[arm][0]} | {result['seed']} | {result['steps']} | {condition} | {scores[0]:.3f} | {max(scores):.3f} | "
+                f"{scores[-1]:.3f} | {_points(scores[-1] - max(scores))} |"
+            )
+    return rows
+
+
+def _of(results: list[dict], arm: str) -> list[dict]:
+    return sorted((r for r in results if r["arm"] == arm), key=lambda r: r["seed"])
+
+
+def _guard_summary(results: list[dict]) -> list[str]:
+    lines = []
+    for arm in ("collapse", "collapse_late", "collapse_agreed"):
+        runs = _of(results, arm)
+        if not runs:
+            continue
+        from_start = sum(r["alarm"] is not None and r["accuracy"][-1][1] > r["accuracy"][0][1] - 0.03 for r in runs)
+        from_best = sum(
+            r["alarm"] is not None and r["accuracy"][-1][1] > max(score for _, score in r["accuracy"]) - 0.03
+            for r in runs
+        )
+        lines.append(
+            f"- {ARMS[arm][0]}: {sum(r['alarm'] is not None for r in runs)} of {len(runs)} runs ended by the guard; accuracy was "
+            f"less than 3 points below the start in {from_start} of them, and less than 3 points below the best measured before in "
+            f"{from_best}."
+        )
+    runs = _of(results, "healthy")
+    if runs:
+        ended = sum(CollapseGuard().first_alarm(r["log"]) is not None for r in runs)
+        lines.append(
+            f"- healthy: {sum(r['alarm'] is not None for r in runs)} of {len(runs)} runs ended by the guard. Asked about their logs "
+            f"with its default thresholds, it would have ended {ended}."
+        )
+    for arm in ("template", "needs_no_image"):
+        runs = _of(results, arm)
+        if runs:
+            flagged = [r["alarm"]["step"] for r in runs if r["alarm"]]
+            lines.append(
+                f"- {ARMS[arm][0]}: flagged in {len(flagged)} of {len(runs)} runs, at step {', '.join(map(str, flagged)) or '-'}, by "
+                f"{', '.join(sorted({r['alarm']['condition'] for r in runs if r['alarm']})) or '-'}."
+            )
+    return lines
+
+
+def _extreme_rows(results: list[dict]) -> list[str]:
+    guard = {
+        "answer_entropy": ("min_entropy", "low"),
+        "distinct_questions": ("min_distinct_questions", "low"),
+        "blind_solved": ("max_blind_solved", "high"),
+        "solver/kl": ("max_kl", "high"),
+        "proposer/kl": ("max_kl", "high"),
+    }
+    defaults = {name: p.default for name, p in inspect.signature(CollapseGuard).parameters.items()}
+    rows = ["| metric, mean of 5 values | smallest | largest | threshold |", "|---|---|---|---|"]
+    for name, (option, _) in guard.items():
+        low, high = _extremes(_of(results, "healthy"), name)
+        rows.append(f"| `{name}` | {low:.3f} | {high:.3f} | `{option}={defaults[option]:g}` |")
+    return rows
+
+
+def _ablation_rows(results: list[dict]) -> list[str]:
+    rows = [
+        "| run | seeds | distinct questions | Self-BLEU | questions of the cluster | blind solved | `Pick a number.` | accuracy, points gained | grounded questions |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in ("repeats", "repeats_less", "guesses", "guesses_less"):
+        runs = _of(results, arm)
+        if not runs:
+            continue
+
+        def over(values: list[float], digits: int = 2) -> str:
+            spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+            return f"{fmean(values):.{digits}f}{spread}"
+
+        clusters = [fmean(r["clusters"][-20:]) for r in runs]
+        gained = [100 * (r["accuracy"][-1][1] - r["accuracy"][0][1]) for r in runs]
+        base = "base `room`" if ARMS[arm][1] == "room" else "taught base"
+        rows.append(
+            f"| {base}, {ARMS[arm][0]} | {len(runs)} | {over([_last(r, 'distinct_questions') for r in runs])} | "
+            f"{over([_last(r, 'question_self_bleu') for r in runs])} | {over(clusters)} | "
+            f"{over([_last(r, 'blind_solved') for r in runs])} | {over([fmean(r['guessed'][-20:]) for r in runs])} | "
+            f"{over(gained, 1)} | {over([r['questions']['grounded'] for r in runs])} |"
+        )
+    return rows
+
+
+def report() -> None:
+    """Writes the tables of `docs/experiments/health.md`."""
+    results = read_results()
+    page = PAGE.read_text()
+    page = in_place(page, "summary", _guard_summary(results))
+    page = in_place(page, "guard", _guard_rows(results, GUARDED))
+    if _of(results, "healthy"):
+        page = in_place(page, "extremes", _extreme_rows(results))
+    page = in_place(page, "ablation", _ablation_rows(results))
+    PAGE.write_text(page)
 
 
 def main() -> None:
@@ -291,6 +466,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "run":
         run(arguments.processes, arguments.only)
+    report()
 
 
 if __name__ == "__main__":
