@@ -325,7 +325,7 @@ def test_a_rollout_is_sent_one_update_ahead_and_never_more(base, tmp_path):
         send(step, rows)
 
     def count(*roles):
-        updated[0] += "solver" in roles
+        updated[0] += roles == ("solver",)
         set_moved(*roles)
 
     trainer._send_rollout, trainer._set_moved = keep, count
