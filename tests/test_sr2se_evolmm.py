@@ -107,6 +107,7 @@ def test_a_disagreement_is_a_pair_of_the_majority_and_another_answer(collected):
     assert sum(logged(collected, "preference_pairs")) == len(pairs)
     pixels = {picture.tobytes() for picture in noise_images(6)}
     for pair in pairs:
+        assert pair["image_path"].startswith("_")  # such folders are not pushed to the Hub
         with Image.open(collected.preference_log.path.parent / pair["image_path"]) as image:
             assert image.tobytes() in pixels
 

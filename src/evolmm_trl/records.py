@@ -87,7 +87,7 @@ class RolloutRecords:
             if pair is None:
                 continue
             image = row["image"]
-            file = folder / "preference_images" / f"{rollout.image_digest}.png"
+            file = folder / "_preference_images" / f"{rollout.image_digest}.png"
             if not file.is_file():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 temporary = file.with_suffix(f".{self.accelerator.process_index}.tmp")

@@ -242,7 +242,7 @@ class CollapseGuard(TrainerCallback):
         return None
 
     def _accuracy_lost(self, row: dict, step: int) -> Alarm | None:
-        if self.max_accuracy_drop is None or self.accuracy not in row:
+        if self.max_accuracy_drop is None or self.accuracy not in row or self.agreement not in row:
             return None
         self._evaluations.append((step, row[self.accuracy], row[self.agreement]))
         last = self._evaluations[-self.evaluation_patience :]
