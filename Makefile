@@ -14,7 +14,7 @@ venv: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install -c constraints.txt torch==2.13.0
-	$(PY) -m pip install -c constraints.txt -e '.[demo,test,dev]'
+	$(PY) -m pip install -c constraints.txt -e '.[test,dev]'
 	touch $@
 
 demo: venv

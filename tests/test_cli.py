@@ -321,9 +321,3 @@ def test_the_demo_runs_in_a_clone_and_says_so_elsewhere(tmp_path, monkeypatch, c
     monkeypatch.setattr(demo, "_CLONE", tmp_path)
     assert run("demo") == 2
     assert "in a clone of it" in error_of(capsys)
-
-
-def test_the_demo_names_what_is_not_installed(monkeypatch, capsys):
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    assert run("demo") == 2
-    assert "pip install 'evolmm-trl[demo]'" in error_of(capsys)

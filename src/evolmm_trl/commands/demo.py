@@ -17,7 +17,6 @@
 import argparse
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from . import UsageError
@@ -51,9 +50,6 @@ def _run(arguments: argparse.Namespace) -> int:
             "The demo is no part of the package: its models and scripts are in the repository. Run `evolmm demo` in a clone "
             "of it, or `make demo` there, which installs what it needs too."
         )
-    missing = [name for name in ("matplotlib", "scipy") if find_spec(name) is None]
-    if missing:
-        raise UsageError(f"The demo needs {' and '.join(missing)}: pip install 'evolmm-trl[demo]'.")
     options = ("--output_dir", arguments.output_dir, "--seed", str(arguments.seed))
     model = folder / "models" / arguments.base
     done = subprocess.run([sys.executable, str(folder / "demo.py"), "--model", str(model), *options])
