@@ -49,6 +49,7 @@ class ServersStandIn:
     """
 
     base: str
+    closed = False
 
     def __init__(self, urls, image_token_id, adapter_dir, *, start_timeout, request_timeout):
         self.urls, self.image_token_id = list(urls), image_token_id
@@ -125,4 +126,5 @@ class ServersStandIn:
         return EncodedPrompt(ids, types, {name: inputs[name] for name in ("pixel_values", "image_grid_thw")})
 
     def close(self):
+        self.closed = True
         self._pool.shutdown()

@@ -392,6 +392,7 @@ def test_an_error_of_a_server_stops_the_run_with_its_text(base, tmp_path, stand_
     trainer = make(base, tmp_path, save_strategy="steps", save_steps=1, **VLLM)
     with pytest.raises(served.VLLMError, match="out of memory"):
         trainer.train()
+    assert trainer.servers.closed  # or requests that wait for a server would hold up the end of the program
     monkeypatch.setattr(served, "VLLMServers", stand_in)
     resumed = make(base, tmp_path, save_strategy="steps", save_steps=1, **VLLM)
     resumed.train(resume_from_checkpoint=True)
@@ -399,6 +400,10 @@ def test_an_error_of_a_server_stops_the_run_with_its_text(base, tmp_path, stand_
     whole.train()
     assert largest(resumed, whole) == 0.0
     assert records(tmp_path) == records(tmp_path / "whole")
+
+    trainer.train(resume_from_checkpoint=True)  # connects anew
+    assert not trainer.servers.closed and trainer.servers.events[0][0] == "start"
+    assert largest(trainer, whole) == 0.0
 
 
 # Engines and models

@@ -504,6 +504,9 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
             )
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
+        except BaseException:
+            self._leave_servers()
+            raise
         finally:
             self.roles.activate(SOLVER)
         if self.args.write_report and self.accelerator.is_main_process:

@@ -118,6 +118,16 @@ class ServedRollouts:
             reason = "FSDP 1 does not gather an adapter alone. Use FSDP 2, as in accelerate_configs/fsdp2.yaml"
         if reason is not None:
             raise ValueError(f"rollout='vllm' is not possible here: {reason}.")
+        self.use_vllm = True  # for TRL's loss, which then multiplies by `importance_sampling_ratio`
+        self._sampling_difference = SamplingDifference()
+        self._writers = ThreadPoolExecutor(_IMAGES_AT_A_TIME, thread_name_prefix="rollout")
+        # Of their own, since tokenizers may not be used by two threads at a time
+        self._writers_processor, self._encoding = copy.deepcopy(self.processing_class), threading.Lock()
+        self._served_model = model_id
+        self._connect()
+
+    def _connect(self) -> None:
+        """Makes a client of the servers, which hold no adapters of it yet."""
         args = self.args
         self.servers = VLLMServers(
             args.vllm_server_urls,
@@ -127,15 +137,18 @@ class ServedRollouts:
             request_timeout=args.vllm_request_timeout,
         )
         atexit.register(self.servers.close)
-        self.use_vllm = True  # for TRL's loss, which then multiplies by `importance_sampling_ratio`
         self._moved = set(self._served_roles)
         self._checks_left = Counter(dict.fromkeys(self._served_roles, 2))
-        self._sampling_difference = SamplingDifference()
-        self._writers = ThreadPoolExecutor(_IMAGES_AT_A_TIME, thread_name_prefix="rollout")
-        # Of their own, since tokenizers may not be used by two threads at a time
-        self._writers_processor, self._encoding = copy.deepcopy(self.processing_class), threading.Lock()
         if self.accelerator.is_main_process:
-            self.servers.start(model_id)
+            self.servers.start(self._served_model)
+
+    def _leave_servers(self) -> None:
+        """
+        Gives up what the servers are asked, at once. When the program ends, Python waits for threads before anything else,
+        and those that ask a server that is gone would hold it for `vllm_server_timeout`.
+        """
+        if self.servers is not None:
+            self.servers.close()
 
     @property
     def _served_roles(self) -> tuple[str, ...]:
@@ -314,6 +327,8 @@ class ServedRollouts:
             self._in_flight.cancel()
             wait(self._in_flight.images)
         self._in_flight = self._next_batches = None
+        if self.servers is not None and self.servers.closed:
+            self._connect()
         self._set_moved(*ROLES)
 
     def _rollout_state(self) -> dict | None:

@@ -719,6 +719,11 @@ class VLLMServers:
             with self._changed:
                 server.connections.discard(connection)
 
+    @property
+    def closed(self) -> bool:
+        """Whether [`~VLLMServers.close`] was called: nothing can be asked any more."""
+        return self._closing.is_set()
+
     def close(self) -> None:
         """Gives up what is in flight, unloads this client's adapters and deletes their folders."""
         if self._closing.is_set():
