@@ -58,7 +58,7 @@ class DictatedTrainer(TalkingTrainer):
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_other_pixels_give_other_gradients_to_both_roles_for_the_same_words(bases, family, tmp_path):
-    gradients, words = [], []
+    gradients, words, images = [], [], []
     for i, seed in enumerate((0, 0, 1)):
         watch = Watch()
         trainer = DictatedTrainer(
@@ -70,8 +70,12 @@ def test_other_pixels_give_other_gradients_to_both_roles_for_the_same_words(base
         )
         trainer.train()
         gradients.append(watch.gradients)
-        words.append(trainer.rollout_log.path.read_bytes())
+        records = [json.loads(line) for line in trainer.rollout_log.path.read_text().splitlines()]
+        pixels = [record.pop("image_digest") for record in records]
+        words.append(records)
+        images.append(pixels)
     assert words[0] == words[1] == words[2]
+    assert images[0] == images[1] != images[2]
     for step, role in enumerate(ADAPTER):
         names = [name for name in gradients[0][step] if ADAPTER[role] in name and "lora_B" in name]
         assert names and all(torch.equal(gradients[0][step][name], gradients[1][step][name]) for name in names)
