@@ -284,8 +284,9 @@ def test_a_stream_that_was_read_ahead_of_training_has_no_state_for_the_step():
     stream = rollouts(numbers(7), RoleSchedule(2), images_per_process=3, micro_batches=1)
     list(islice(stream, 3))
     assert stream.state_dict(3)["step"] == 3
+    assert stream.state_dict(2)["step"] == 2  # one step ahead, as `async_rollouts` reads
     with pytest.raises(RuntimeError, match="read it ahead"):
-        stream.state_dict(2)
+        stream.state_dict(1)
 
 
 # Saying so

@@ -484,7 +484,8 @@ def test_closing_gives_up_what_is_in_flight(stand_ins, connect, tmp_path):
     go.set()
     with pytest.raises(VLLMError, match="was closed"):
         futures[0].result(0)
-    assert futures[1].cancelled() and futures[2].cancelled()
+    for future in futures[1:]:  # begun at the last moment, or not at all
+        assert future.cancelled() or "was closed" in str(future.exception(0))
     assert not stand_ins[0].adapters and not list((tmp_path / "adapters").iterdir())
     with pytest.raises(RuntimeError):
         servers.submit(request())

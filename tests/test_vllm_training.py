@@ -23,7 +23,7 @@ import torch
 from charts import EVOLVE_SEEDS, VAL_SEEDS, chart, labelled_questions
 from datasets import Dataset
 from demo import demo_config, demo_lora, load_model
-from tiny_trainer import logged, snapshot
+from tiny_trainer import Watch, logged, snapshot
 
 from evolmm_trl import EvoLMMTrainer
 
@@ -50,20 +50,53 @@ def make(server, folder, trainer_class=EvoLMMTrainer, **options):
     )
 
 
+class Replaying(EvoLMMTrainer):
+    """Is given what a server wrote, and generates nothing."""
+
+    def _generate_role(self, model, role, prompts, seeds):
+        return [[next(self.written[role]) for _ in group] for group in seeds]
+
+
 @pytest.fixture(scope="module")
 def served(vllm_server, tmp_path_factory):
+    """A run by server, the gradients of its steps and what was written, by role."""
     trainer = make(vllm_server, tmp_path_factory.mktemp("served"), **SERVED, eval_strategy="steps", eval_steps=4)
+    trainer.add_callback(watch := Watch())
+    written, take = {"solver": [], "proposer": []}, trainer._served_rollout
+
+    def keep(rows):
+        images = take(rows)
+        written["proposer"] += [image.question.ids for image in images]
+        written["solver"] += [answer.ids for image in images for answer in image.answers]
+        return images
+
+    trainer._served_rollout = keep
     trainer.train()
     trainer.servers.close()
-    return trainer
+    return trainer, watch.gradients, written
 
 
 def records(trainer):
     return [json.loads(line) for line in trainer.rollout_log.path.read_text().splitlines()]
 
 
+def test_both_roles_first_gradients_are_those_of_a_run_in_process_that_drew_the_same(vllm_server, served, tmp_path):
+    trainer, gradients, written = served
+    replay = make(vllm_server, tmp_path, Replaying, max_steps=3)
+    replay.add_callback(watch := Watch())
+    replay.written = {role: iter(ids) for role, ids in written.items()}
+    replay.train()
+    for step, adapter in ((0, "default"), (2, "proposer")):
+        names = [name for name in watch.gradients[step] if f"lora_B.{adapter}" in name]
+        mine, theirs = (torch.cat([g[step][name].flatten() for name in names]) for g in (gradients, watch.gradients))
+        assert theirs.norm() > 0
+        assert (mine - theirs).norm() < 0.01 * theirs.norm()
+    asked = len(records(replay))
+    assert [r["answers"] for r in records(trainer)[:asked]] == [r["answers"] for r in records(replay)]
+
+
 def test_the_servers_log_probs_follow_the_weights(served):
-    trainer = served
+    trainer = served[0]
     means = logged(trainer, "sampling/sampling_logp_difference/mean")
     assert len(means) == 5 and max(means) < 1e-3
     assert logged(trainer, "eval_accuracy_greedy")[0] > 0.2
