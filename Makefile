@@ -5,6 +5,8 @@ BASES := room narrow noisy
 # Tensors come and go, and on a virtual machine every fresh page is dear: memory in huge pages. Without effect elsewhere.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export PYTHONMALLOC ?= malloc
+# What DeepSpeed compiles is of this environment, and a lock that a killed compilation has left holds up no other.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 
 .PHONY: venv demo demo-model demo-model-sr2se experiments experiments-sr2se experiments-health test lint format
 
