@@ -403,11 +403,12 @@ def in_place(page: str, name: str, lines: list[str]) -> str:
     return before + begin + "\n" + "\n".join(lines) + "\n" + end + rest.split(end)[1]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+def command_line(doc: str, each: str, run, report) -> None:
+    """The commands `run` and `report` of a script of experiments, whose `--only` matches names such as `each`."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[1])
     parser.add_argument("command", choices=["run", "report"])
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--only", help="regular expression for base/arm/seed")
+    parser.add_argument("--only", help=f"regular expression for {each}")
     arguments = parser.parse_args()
     if arguments.command == "run":
         run(arguments.processes, arguments.only)
@@ -415,4 +416,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, "base/arm/seed", run, report)

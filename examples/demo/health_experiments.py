@@ -21,7 +21,6 @@ Does the guard end runs that collapse, and leave the others alone? What do the p
 Results go to `docs/experiments/health_results.jsonl`, one line per run with what was logged.
 """
 
-import argparse
 import inspect
 import json
 import multiprocessing
@@ -48,7 +47,7 @@ from charts import (
 from datasets import Dataset
 from demo import HERE, PROMPTS, demo_config, demo_lora, load_model
 from evaluate import evaluate_proposer, evaluate_solver
-from experiments import DOCS, _start_worker, in_place
+from experiments import DOCS, _start_worker, command_line, in_place
 from make_demo_model import BASES, WarmStartData, sample_example
 from transformers import PrinterCallback, TrainerCallback
 
@@ -458,16 +457,5 @@ def report() -> None:
     PAGE.write_text(page)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
-    parser.add_argument("command", choices=["run", "report"])
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--only", help="regular expression for arm/seed")
-    arguments = parser.parse_args()
-    if arguments.command == "run":
-        run(arguments.processes, arguments.only)
-    report()
-
-
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, "arm/seed", run, report)
