@@ -24,7 +24,6 @@ import argparse
 import json
 import sys
 import tempfile
-import threading
 import time
 from math import sqrt
 from pathlib import Path
@@ -94,18 +93,7 @@ def train(base: Path, images, folder: Path, way: str, seed: int, steps: int, ser
     clock.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     if kills:
-        send = trainer._send_rollout
-
-        def restart():
-            server.kill()
-            server.start(wait=False)
-
-        def send_and_kill(step, rows):
-            send(step, rows)
-            if step in kills:
-                threading.Timer(0.3, restart).start()
-
-        trainer._send_rollout = send_and_kill
+        server.kill_in_rollouts(trainer, kills, after=0.3)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start

@@ -16,7 +16,6 @@
 """Training by a real vLLM server (`make vllm-cpu`, `make test-vllm`)."""
 
 import json
-import threading
 
 import pytest
 import torch
@@ -104,18 +103,7 @@ def test_the_servers_log_probs_follow_the_weights(served):
 
 def test_an_asynchronous_run_survives_the_deaths_of_its_server(vllm_server, served, tmp_path):
     trainer = make(vllm_server, tmp_path, **SERVED, max_steps=8, async_rollouts=True)
-    send = trainer._send_rollout
-
-    def restart():
-        vllm_server.kill()
-        vllm_server.start(wait=False)
-
-    def send_and_kill(step, rows):
-        send(step, rows)
-        if step in (1, 6):
-            threading.Timer(0.05, restart).start()
-
-    trainer._send_rollout = send_and_kill
+    vllm_server.kill_in_rollouts(trainer, (1, 6), after=0.05)
     trainer.train()
     deaths = trainer.servers.faults["deaths"]
     trainer.servers.close()

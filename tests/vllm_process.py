@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.request
 from contextlib import suppress
@@ -97,6 +98,21 @@ class VLLMProcess:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
+
+    def kill_in_rollouts(self, trainer, steps, after: float) -> None:
+        """Kills the server, and starts it again, so many seconds after the trainer has sent off the rollouts of these steps."""
+        send = trainer._send_rollout
+
+        def restart():
+            self.kill()
+            self.start(wait=False)
+
+        def send_and_kill(step, rows):
+            send(step, rows)
+            if step in steps:
+                threading.Timer(after, restart).start()
+
+        trainer._send_rollout = send_and_kill
 
     def kill_engine(self) -> None:
         """Kills the engine alone, as running out of memory does; the server in front of it says so and ends."""
