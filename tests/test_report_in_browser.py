@@ -80,6 +80,13 @@ class Tab:
     def status(self) -> str:
         return self.page.locator("#status").inner_text()
 
+    def open_answers(self) -> None:
+        """Opens every card's answers. They are filled by an event that comes a little later."""
+        for summary in self.page.locator("summary").all():
+            summary.click()
+        filled = "[...document.querySelectorAll('details')].every(e => e.open && e.querySelector('li'))"
+        self.page.wait_for_function(filled)
+
     def overflow(self) -> list:
         """What is wider than the window."""
         return self.page.evaluate(
@@ -161,8 +168,7 @@ def test_nothing_that_a_model_wrote_runs_or_loads(evil, open_page):
     tab = open_page(evil)
     tab.page.get_by_label("with a picture").uncheck()
     assert len(tab.cards()) == len(EVIL)
-    for summary in tab.page.locator("summary").all():
-        summary.click()
+    tab.open_answers()
     tab.page.wait_for_timeout(200)
     assert tab.page.evaluate("window.ran") is None
     assert tab.page.title().endswith("evolmm report")
@@ -188,8 +194,7 @@ def test_hostile_text_is_shown_as_it_was_written(evil, open_page):
 def test_hostile_text_breaks_no_layout(evil, open_page, width):
     tab = open_page(evil, width=width)
     tab.page.get_by_label("with a picture").uncheck()
-    for summary in tab.page.locator("summary").all():
-        summary.click()
+    tab.open_answers()
     assert tab.overflow() == []
     cut_off = "e => e.scrollWidth > e.clientWidth + 1"
     assert (
@@ -232,6 +237,7 @@ def test_filters_show_what_they_say(ordinary, open_page):
     page.get_by_label("Question kind").select_option("colour")
     assert tab.cards() == ["What colour is bar 24?"]
     page.get_by_role("button", name="Reset").click()
+    sync_api.expect(page.locator("#status")).to_have_text("20 of 40 rollouts match.")
     page.get_by_label("Text").fill("BAR 36")
     page.get_by_label("with a picture").uncheck()
     assert tab.cards() == ["What colour is bar 36?"]
@@ -253,7 +259,7 @@ def test_a_card_shows_votes_rewards_and_all_answers(ordinary, open_page):
         and votes[4].startswith("unreadable\n1 of 5 · reward 0.00")
     )
     second.locator("summary").click()
-    assert second.locator("details li").count() == 5
+    sync_api.expect(second.locator("details li")).to_have_count(5)
     assert second.locator("pre").first.inner_text() == "I count. <answer>1</answer>"
 
 
@@ -295,7 +301,7 @@ def test_all_of_it_can_be_used_by_keyboard(ordinary, open_page):
         names.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
     assert names == ["from", "to", "agreement", "kind", "text", "pictured", "BUTTON", "SUMMARY"]
     page.keyboard.press("Enter")
-    assert page.locator("details[open] li").count() == 1
+    sync_api.expect(page.locator("details[open] li")).to_have_count(1)
 
 
 def test_two_runs_stand_side_by_side(two, open_page):
