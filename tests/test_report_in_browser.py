@@ -84,8 +84,7 @@ class Tab:
         """Opens every card's answers. They are filled by an event that comes a little later."""
         for summary in self.page.locator("summary").all():
             summary.click()
-        filled = "[...document.querySelectorAll('details')].every(e => e.open && e.querySelector('li'))"
-        self.page.wait_for_function(filled)
+        sync_api.expect(self.page.locator("details:not([open]), details:not(:has(li))")).to_have_count(0)
 
     def overflow(self) -> list:
         """What is wider than the window."""
