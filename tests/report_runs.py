@@ -19,6 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from evolmm_trl.monitor import hash_start
 from evolmm_trl.thumbnails import Thumbnails, image_digest
 from evolmm_trl.voting import vote
 
@@ -64,11 +65,15 @@ def write_run(folder: Path, records: list[dict], end: bytes = b"") -> Path:
     return folder
 
 
-def write_history(folder: Path, rows: list[dict], step: int | None = None) -> None:
-    """The trainer's state, with these rows of its history."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_history(place: Path, rows: list[dict], step: int | None = None) -> None:
+    """The trainer's state in a folder of a run, with these rows of its history, saved with the log that the run has now."""
+    place.mkdir(parents=True, exist_ok=True)
     state = {"global_step": rows[-1]["step"] if step is None else step, "log_history": rows}
-    (folder / "trainer_state.json").write_text(json.dumps(state))
+    (place / "trainer_state.json").write_text(json.dumps(state))
+    log = place.parent / "rollouts.jsonl"
+    length = log.stat().st_size
+    of_log = {"rollout_log_bytes": length, "rollout_log_digest": hash_start(log, length).hexdigest()}
+    (place / "evolmm_state.json").write_text(json.dumps(of_log))
 
 
 def add_pictures(folder: Path, count: int, limit: int = 300) -> list[str]:

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evolmm_trl import vote
-from evolmm_trl.monitor import Rollout, RolloutLog, rollout_metrics
+from evolmm_trl.monitor import Rollout, RolloutLog, hash_start, rollout_metrics
 from evolmm_trl.prompts import Answer, Question
 
 
@@ -217,6 +217,35 @@ def test_a_resumed_log_forgets_what_came_after_the_checkpoint(path):
     resumed.write([{"step": 3, "again": True}])
     assert lines(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_logs_digest_is_that_of_its_content_however_the_run_was_interrupted(path):
+    whole = RolloutLog(path.with_name("whole.jsonl"))
+    log = RolloutLog(path)
+    assert log.digest == whole.digest
+    for step in (1, 2):
+        whole.write([{"step": step}])
+        log.write([{"step": step}])
+    length, digest = len(log), log.digest
+    assert digest == hash_start(path, length).hexdigest() == whole.digest
+    log.write([{"step": 3, "again": False}])
+    assert log.digest != digest
+    resumed = RolloutLog(path)
+    resumed.resume(length, digest)
+    for log in (whole, resumed):
+        log.write([{"step": 3}])
+    assert resumed.digest == whole.digest != digest
+
+
+def test_another_runs_log_is_not_continued_and_stays_as_it_is(path):
+    log = RolloutLog(path)
+    log.write([{"step": 1, "text": "an earlier run"}])
+    length, digest = len(log), log.digest
+    RolloutLog(path).write([{"step": step, "text": "a newer run"} for step in range(9)])
+    newer = path.read_bytes()
+    with pytest.raises(ValueError, match=r"not the log of the run to resume.*renames it, to rollouts\.1\.jsonl"):
+        RolloutLog(path).resume(length, digest)
+    assert path.read_bytes() == newer
 
 
 def test_a_run_can_be_resumed_from_a_checkpoint_before_its_first_rollout(path):

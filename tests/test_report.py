@@ -143,6 +143,8 @@ def test_what_is_no_run_is_refused_with_its_name(tmp_path):
 
 
 def test_the_trainers_history_adds_what_only_it_knows(tmp_path):
+    write_run(tmp_path, [record(step) for step in range(1, 901)])
+    write_history(tmp_path / "_report", [{"step": 900, "solver/kl": 7.0}])  # of an earlier, longer run
     folder = write_run(tmp_path, [record(step) for step in (1, 2, 3)])
     rows = [
         {"step": 1, "solver/kl": 0.1, "agreement": 0.99, "eval_accuracy_greedy": 0.5},
@@ -153,7 +155,6 @@ def test_the_trainers_history_adds_what_only_it_knows(tmp_path):
     ]
     write_history(folder / "checkpoint-3", rows)
     write_history(folder / "checkpoint-2", rows[:1], step=2)
-    write_history(folder / "_report", [{"step": 900, "solver/kl": 7.0}])  # of an earlier, longer run
     (folder / "checkpoint-4").mkdir()
     (folder / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4, "log_hi')
     run = read(folder)
@@ -181,8 +182,51 @@ def test_a_history_that_is_missing_or_ends_early_is_said_to(tmp_path):
     folder = write_run(tmp_path, [record(step) for step in range(1, 9)])
     assert "There is no trainer_state.json" in write_report(folder).read_text(encoding="utf-8")
     write_history(folder / "checkpoint-4", [{"step": 4, "solver/kl": 0.1}])
+    write_run(folder, [record(step) for step in range(1, 13)])  # it has gone on
     assert "trainer_state.json is of step 4" in write_report(folder).read_text(encoding="utf-8")
     assert read(folder, history=[{"step": 8, "solver/kl": 0.2}]).curves["solver/kl"] == [(8, 0.2)]
+
+
+def test_runs_in_one_folder_keep_their_histories_and_pages_apart(tmp_path):
+    folder = write_run(tmp_path / "run", [record(step) for step in range(1, 41)])
+    write_history(folder / "checkpoint-40", [{"step": step, "solver/kl": 9.0} for step in range(1, 41)])
+    (folder / "rollouts.jsonl").rename(folder / "rollouts.1.jsonl")
+    write_run(folder, [*(record(step) for step in range(1, 41)), record(41)][1:])  # as long, and alike
+    page = write_report(folder)
+    new = page.read_text(encoding="utf-8")
+    assert "No trainer_state.json in the folder is known to be of this log (1 found)" in new
+    assert "KL to the base model" not in new and "CollapseGuard" not in new
+    old = write_report(folder / "rollouts.1.jsonl")
+    assert old == folder / "_report" / "rollouts.1.jsonl.html"
+    assert "KL to the base model" in old.read_text(encoding="utf-8") and "CollapseGuard" in old.read_text()
+    assert "<bdi>run/rollouts.1.jsonl</bdi>" in old.read_text(encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == new
+    two = write_report([folder, folder / "rollouts.1.jsonl"], tmp_path / "two.html").read_text(encoding="utf-8")
+    assert "<bdi>run</bdi>" in two and "<bdi>run/rollouts.1.jsonl</bdi>" in two
+    write_history(folder / "checkpoint-20", [{"step": 20, "solver/kl": 0.5}])
+    assert read(folder).curves["solver/kl"] == [(20, 0.5)]  # the new run's, though it is shorter
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        "{",
+        "[]",
+        '{"step": 4}',
+        '{"rollout_log_bytes": 0, "rollout_log_digest": "cae66941d9efbd404e4d88758ea67670"}',
+        '{"rollout_log_bytes": 1e99, "rollout_log_digest": ""}',
+        '{"rollout_log_bytes": 10.0, "rollout_log_digest": ""}',
+    ],
+)
+def test_a_history_that_does_not_say_of_which_log_it_is_is_left_out(state, tmp_path):
+    folder = write_run(tmp_path, [record(step) for step in range(1, 5)])
+    write_history(folder / "checkpoint-4", [{"step": 4, "solver/kl": 0.1}])
+    assert read(folder).trainer_steps == 4
+    (folder / "checkpoint-4" / "evolmm_state.json").unlink()
+    if state is not None:
+        (folder / "checkpoint-4" / "evolmm_state.json").write_text(state)
+    assert (read(folder).trainer_steps, read(folder).others_histories) == (0, 1)
 
 
 # What strangers wrote
@@ -193,8 +237,19 @@ def test_what_is_invisible_is_shown_and_what_is_long_is_cut():
         "a\u27e8U+202E\u27e9b\u27e8U+200B\u27e9c\u27e8U+0000\u27e9\u27e8U+001B\u27e9[31m\u27e8U+2066\u27e9\u27e8U+D800"
         "\u27e9\u27e8U+E0041\u27e9"
     )
+    blank = "\u034f\u115f\u1160\u17b4\u2800\u3164\ufe00\uffa0\ufff0\U0001d173\U000e0100"
+    assert shown(blank, 100) == "".join(f"\u27e8U+{ord(character):04X}\u27e9" for character in blank)
     assert shown("x" * 1_000_000, 10) == f"{'x' * 10} \u2026 [999,990 more characters]"
-    for text in ("a\nb\tc", "Größe 7 €", "שלום", "中文　字", "👩\u200d🔬", "می\u200cخواهم", string.printable[:95]):
+    for text in (
+        "a\nb\tc",
+        "Größe 7 €",
+        "שלום",
+        "中文　字",
+        "👩\u200d🔬",
+        "❤\ufe0f",
+        "می\u200cخواهم",
+        string.printable[:95],
+    ):
         assert shown(text, 100) == text
 
 
@@ -241,8 +296,21 @@ def test_small_runs_are_shown_whole_with_all_their_answers(tmp_path):
         [None, "none", 0.0, 1],
     ]
     assert second[3:6] == ["Which?", "Well <b>", "what"]
-    assert (first[11:], third[1], third[11:]) == ([3, None], None, [5, ["7", 2, 4]])
+    assert (first[11:13], third[1], third[11:13]) == ([3, None], None, [5, ["7", 2, 4]])
+    assert first[13:] == [[["4", 2, share, share], [None, 1, 0.0, 0.0]], 0]
     assert run["kinds"] == [["counting", 2], ["what", 1]]
+
+
+def test_votes_are_of_all_answers_however_many_are_shown(tmp_path):
+    answers = ["7"] * 40 + [str(100 + i) for i in range(20)] + [None] * 4
+    rollout = record(1, answers=answers)
+    for i, answer in enumerate(rollout["answers"]):
+        answer["completion"] = f"in words of its own {i}"
+    (shown_rollout,) = data_of(write_report(write_run(tmp_path, [rollout])))["runs"][0]["rollouts"]
+    assert len(shown_rollout[10]) == 32
+    votes, others = shown_rollout[13:]
+    assert [vote[:2] for vote in votes] == [["7", 40], *([str(100 + i), 1] for i in range(7)), [None, 4]]
+    assert others == 13
 
 
 def long_record(step, digest):

@@ -134,8 +134,9 @@ def evil(tmp_path_factory):
         for answer in rollout["answers"]:
             answer["completion"] = text
         records.append(rollout)
-    write_history(folder, [{"step": 1, "solver/kl": 0.1, EVIL[1]: 3.0}])
-    return write_report(write_run(folder, records, end=EVIL[0].encode()))
+    write_run(folder, records, end=EVIL[0].encode())
+    write_history(folder / "_report", [{"step": 1, "solver/kl": 0.1, EVIL[1]: 3.0}])
+    return write_report(folder)
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +150,9 @@ def ordinary(tmp_path_factory):
         answers = ["4"] * 5 if i < 20 else ["1", "2", "3", "4", None]
         digest = digests[i // 2 % 5] if i % 2 else None
         records.append(record(1 + i // 2, question=question, answers=answers, image_digest=digest))
-    write_history(folder, [{"step": step, "solver/kl": step / 100} for step in range(1, 21)])
-    return write_report(write_run(folder, records))
+    write_run(folder, records)
+    write_history(folder / "_report", [{"step": step, "solver/kl": step / 100} for step in range(1, 21)])
+    return write_report(folder)
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +262,17 @@ def test_a_card_shows_votes_rewards_and_all_answers(ordinary, open_page):
     second.locator("summary").click()
     sync_api.expect(second.locator("details li")).to_have_count(5)
     assert second.locator("pre").first.inner_text() == "I count. <answer>1</answer>"
+
+
+def test_a_card_says_how_many_answers_it_leaves_out(tmp_path, open_page):
+    answers = [str(i) for i in range(62)] + [None] * 2
+    tab = open_page(write_report(write_run(tmp_path, [record(1, answers=answers)])))
+    votes = tab.page.locator(".votes li").all_inner_texts()
+    assert len(votes) == 10
+    assert votes[8].startswith("unreadable\n2 of 64") and votes[9] == "54 more answers\n54 of 64"
+    assert tab.page.locator("summary").inner_text() == "33 of the 64 answers in full"
+    tab.open_answers()
+    assert tab.page.locator("details li").count() == 32
 
 
 def test_a_chart_tells_its_values_and_leads_to_the_rollouts_of_a_step(ordinary, open_page):

@@ -73,6 +73,7 @@ class RoleCheckpoints:
                 "baselines": {role: self.baselines[role].state_dict() for role in ROLES},
                 "health": self.health.state_dict(),
                 "rollout_log_bytes": len(self.rollout_log),
+                "rollout_log_digest": self.rollout_log.digest,
                 "preference_log_bytes": len(self.preference_log),
                 "processes": self.accelerator.num_processes,
                 "images": self._image_order.state_dict(self.state.global_step),
@@ -180,6 +181,6 @@ class RoleCheckpoints:
         if state.get("rollout_in_flight") and self.args.async_rollouts:
             self._load_rollout_state(json.loads((Path(checkpoint) / self._rollout_file()).read_text()))
         if self.accelerator.is_main_process:
-            self.rollout_log.resume(state["rollout_log_bytes"])
+            self.rollout_log.resume(state["rollout_log_bytes"], state.get("rollout_log_digest"))
             if self.args.collect_preferences:
                 self.preference_log.resume(state["preference_log_bytes"])

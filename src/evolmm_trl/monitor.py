@@ -14,6 +14,7 @@
 
 """What happened in a rollout, kept for people: the log of every rollout and its summary."""
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -177,12 +178,18 @@ class RolloutLog:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._started = False
+        self._content = hashlib.blake2b(digest_size=16)
 
     def __len__(self) -> int:
         """Bytes written."""
         return self.path.stat().st_size if self._started else 0
 
-    def resume(self, length: int) -> None:
+    @property
+    def digest(self) -> str:
+        """A name that what was written gives, of 32 hexadecimal digits: what else is of this run says it of this log."""
+        return self._content.hexdigest()
+
+    def resume(self, length: int, digest: str | None = None) -> None:
         """Continues the file of an interrupted run, without what was written after its checkpoint."""
         size = self.path.stat().st_size if self.path.exists() else 0
         if size < length:
@@ -190,6 +197,14 @@ class RolloutLog:
                 f"{self.path} has {size} bytes, but the checkpoint to resume from was saved when it had {length}. Put "
                 "the run's rollout log back, or start a new run in another output_dir."
             )
+        content = hash_start(self.path, length)
+        if digest is not None and content.hexdigest() != digest:
+            raise ValueError(
+                f"{self.path} is not the log of the run to resume: its first {length} bytes are not those that the checkpoint "
+                "was saved with. Put the run's rollout log back (a newer run in the same output_dir renames it, to "
+                f"{self.path.stem}.1{self.path.suffix} or a higher number), or start a new run in another output_dir."
+            )
+        self._content = content
         if size:
             os.truncate(self.path, length)
         self._started = size > 0
@@ -207,3 +222,26 @@ class RolloutLog:
             self._started = True
         with open(self.path, "ab") as file:
             file.write(lines.encode("ascii"))
+        self._content.update(lines.encode("ascii"))
+
+
+def hash_start(path: str | Path, length: int):
+    """
+    The hash of a log's beginning, whose `hexdigest()` is the `digest` of the [`RolloutLog`] that has written no more.
+
+    Args:
+        path (`str` or `Path`):
+            The log.
+        length (`int`):
+            Bytes of its beginning. 0 needs no file.
+
+    Returns:
+        `hashlib.blake2b`
+    """
+    content = hashlib.blake2b(digest_size=16)
+    if length:
+        with open(path, "rb") as file:
+            while length and (part := file.read(min(length, 2**20))):
+                content.update(part)
+                length -= len(part)
+    return content

@@ -14,6 +14,7 @@
 
 """What the trainer writes down of its rollouts, for people: logs, metrics, pictures, preference pairs and the report."""
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .health.run import RunHealth
 from .monitor import Rollout, RolloutLog, rollout_metrics
 from .report import write_report
+from .state import STATE_NAME
 from .thumbnails import REPORT_FOLDER, Thumbnails
 from .trackers import RolloutPictures
 
@@ -114,6 +116,8 @@ class RolloutRecords:
         try:
             (folder / REPORT_FOLDER).mkdir(parents=True, exist_ok=True)
             self.state.save_to_json(str(folder / REPORT_FOLDER / TRAINER_STATE_NAME))
+            of_log = {"rollout_log_bytes": len(self.rollout_log), "rollout_log_digest": self.rollout_log.digest}
+            (folder / REPORT_FOLDER / STATE_NAME).write_text(json.dumps(of_log, indent=2) + "\n")
             page = write_report(folder, history=self.state.log_history)
         except _REPORT_ERRORS as error:  # the training is done, and its page can be written later
             logger.warning(

@@ -30,6 +30,7 @@ _TIMES = 40
 _ROLLOUTS = 4
 _LONGEST_SIDE = 320  # pixels
 _LONGEST_QUESTION, _LONGEST_ANSWER = 300, 60  # characters
+_MOST_ANSWERS = 8  # that are counted one by one
 
 
 class RolloutPictures:
@@ -113,8 +114,11 @@ def _caption(record: dict) -> str:
     votes = Counter(answer["canonical"] for answer in record["answers"])
     counted = ", ".join(
         f"{'unreadable' if answer is None else shown(answer, _LONGEST_ANSWER)} ({count})"
-        for answer, count in votes.most_common(8)
+        for answer, count in votes.most_common(_MOST_ANSWERS)
     )
+    if len(votes) > _MOST_ANSWERS:
+        others = sum(count for _, count in votes.most_common()[_MOST_ANSWERS:])
+        counted += f", {len(votes) - _MOST_ANSWERS} more ({others})"
     return (
         f"{shown(record['question'], _LONGEST_QUESTION)}\n{counted}\nagreement {record['agreement']:.2f}, "
         f"proposer's reward {record['proposer_reward']:.2f}"

@@ -34,7 +34,9 @@ def add_command(commands) -> None:
         "folders", metavar="RUN", nargs="+", help="output_dir of a run, or its rollouts.jsonl; one or two"
     )
     report.add_argument(
-        "--output", metavar="FILE", help="page to write (default: _report/report.html in the first RUN)"
+        "--output",
+        metavar="FILE",
+        help="page to write (default: _report/report.html in the first RUN, or _report/LOG.html for a log of another name)",
     )
     report.set_defaults(run=_run)
 

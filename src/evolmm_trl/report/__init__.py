@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import fmean
 
 from ..thumbnails import REPORT_FOLDER
-from .log import Run, read_run, to_json
+from .log import LOG_NAME, Run, read_run, to_json
 
 
 __all__ = ["PAGE_NAME", "write_report"]
@@ -60,10 +60,10 @@ def write_report(
             `output_dir` of a run, finished or not, or its `rollouts.jsonl`.
         output (`str` or `Path`, *optional*):
             File to write. By default `_report/report.html` in the folder of the first run, which is not pushed to the
-            Hub.
+            Hub; of a log with another name, such as `rollouts.1.jsonl`, `_report/rollouts.1.jsonl.html`.
         history (`list[dict]`, *optional*):
             The trainer's `state.log_history`, if there is one run. By default that of the newest `trainer_state.json` in
-            its folder.
+            its folder that was saved with this log.
 
     Returns:
         `Path`: the file.
@@ -121,7 +121,7 @@ def write_report(
         written=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         version=_version(),
     )
-    output = read[0].folder / PAGE_NAME if output is None else Path(output)
+    output = _page_of(read[0].log) if output is None else Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f"{output.name}.tmp")
     temporary.write_text(page, encoding="utf-8")
@@ -135,16 +135,19 @@ def _version() -> str:
     return __version__
 
 
+def _page_of(log: Path) -> Path:
+    """Where the page of a log goes. Every log of a folder has its own."""
+    return log.parent / (PAGE_NAME if log.name == LOG_NAME else f"{REPORT_FOLDER}/{log.name}.html")
+
+
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, or as much of their paths as tells them apart."""
-    folders = [(path if path.is_dir() else path.parent).resolve() for path in paths]
-    names = [folder.name for folder in folders]
+    """The folders' names, with those of logs that are not called as usual, or with the folders that they are in."""
+    files = [path.resolve() if path.is_dir() else path.parent.resolve() / path.name for path in paths]
+    files = [file.parent if file.name == LOG_NAME else file for file in files]
+    names = [file.name if file.is_dir() else f"{file.parent.name}/{file.name}" for file in files]
     if len(set(names)) == len(names):
         return names
-    return [
-        f"{folder.parent.name}/{path.name if path.is_file() else folder.name}"
-        for folder, path in zip(folders, paths, strict=True)
-    ]
+    return ["/".join(file.parts[-2 if file.is_dir() else -3 :]) for file in files]
 
 
 def _facts(run: Run) -> str:
@@ -167,10 +170,15 @@ def _notes(run: Run, of_several: bool) -> list[str]:
     if run.cut_off:
         notes.append("The log ends within a line: the run was stopped while it wrote, or is still writing.")
     last = max(run.rollout_steps)
-    if not run.trainer_steps:
+    if run.others_histories:
         notes.append(
-            "There is no trainer_state.json, neither in the run's folder nor in a checkpoint: what only the trainer knows, "
-            "such as KL and accuracy, is not shown."
+            f"No trainer_state.json in the folder is known to be of this log ({run.others_histories:,} found): its "
+            "evolmm_state.json tells another log, or none. What only the trainer knows, such as KL and accuracy, is not shown."
+        )
+    elif not run.trainer_steps:
+        notes.append(
+            "There is no trainer_state.json, neither in _report nor in a checkpoint: what only the trainer knows, such as KL "
+            "and accuracy, is not shown."
         )
     elif run.trainer_steps < last:
         notes.append(

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from ..health.questions import question_kind
 from ..health.run import RECENT_QUESTIONS
+from ..monitor import hash_start
 from ..thumbnails import REPORT_FOLDER, read_thumbnail
 
 
@@ -39,14 +40,17 @@ _LAST_STEP = 10**9
 _LONGEST_QUESTION = 600
 _LONGEST_COMPLETION = 1000
 _LONGEST_NAME = 120
-# Different completions of one question that are shown
+# Different completions of one question that are shown, and different answers that are counted one by one
 _MOST_COMPLETIONS = 32
+_MOST_ANSWERS = 8
 
 # What no reader would see, or what would change how the text around it reads: controls, direction marks and overrides,
-# zero-width and tag characters, lone surrogates. Joiners are part of words and emoji
+# zero-width, blank and tag characters, fillers, lone surrogates. Joiners, and the selectors of emoji and of Mongolian, are
+# part of words and emoji
 _INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\ud800-\udfff\U000e0000-\U000e007f]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
+    "\u2800\u3164\ufe00-\ufe0d\ufeff\uffa0\ufff0-\ufffb\ud800-\udfff\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e0fff]"
 )
 
 
@@ -107,8 +111,8 @@ class Run:
     A run as the page shows it.
 
     Args:
-        folder (`Path`):
-            Its folder.
+        log (`Path`):
+            Its rollout log.
         name (`str`):
             Its name.
         rollouts (`int`):
@@ -125,6 +129,8 @@ class Run:
             Most answers to one question.
         trainer_steps (`int`):
             Last step of the trainer's history; 0 if there is none.
+        others_histories (`int`):
+            Histories in the folder, if none of them is known to be of this log.
         alarm (`str` or `None`):
             Where [`CollapseGuard`], with its default thresholds, would have ended the run, and why.
         kinds (`Counter`):
@@ -135,7 +141,7 @@ class Run:
             Thumbnails, by digest.
     """
 
-    folder: Path
+    log: Path
     name: str
     rollouts: int = 0
     broken: int = 0
@@ -145,6 +151,7 @@ class Run:
     entropies: array = field(default_factory=lambda: array("d"))
     votes: int = 1
     trainer_steps: int = 0
+    others_histories: int = 0
     alarm: str | None = None
     kinds: Counter = field(default_factory=Counter)
     pictured: Thinned = field(default_factory=lambda: Thinned(0))
@@ -172,7 +179,7 @@ def read_run(
         picture_budget (`int`):
             Most bytes of thumbnails.
         history (`list[dict]`, *optional*):
-            The trainer's `state.log_history`. By default it is read from the run's newest `trainer_state.json`.
+            The trainer's `state.log_history`. By default that of the newest `trainer_state.json` that is of this log.
 
     Returns:
         [`Run`]
@@ -187,7 +194,7 @@ def read_run(
         raise FileNotFoundError(
             f"{log} does not exist; expected the output_dir of a training run, in which the trainer writes {LOG_NAME}."
         )
-    run = Run(folder=log.parent, name=shown(name, _LONGEST_NAME))
+    run = Run(log=log, name=shown(name, _LONGEST_NAME))
     run.pictured, run.others = Thinned(text_budget * 2 // 3), Thinned(text_budget // 3)
     missing: set[str] = set()
     steps: dict[int, _Sums] = defaultdict(_Sums)
@@ -202,7 +209,7 @@ def read_run(
         run.kinds[rollout.kind] += 1
         digest = rollout.digest
         if digest is not None and digest not in run.pictures and digest not in missing:
-            picture = read_thumbnail(run.folder, digest)
+            picture = read_thumbnail(log.parent, digest)
             if picture is None or picture_budget < len(picture):
                 missing.add(digest)
             else:
@@ -215,7 +222,7 @@ def read_run(
     for step in sorted(steps):
         for metric, value in steps[step].means().items():
             run.curves.setdefault(metric, []).append((step, value))
-    _add_history(run, _history(run.folder, max(steps)) if history is None else history)
+    _add_history(run, _history(run) if history is None else history)
     return run
 
 
@@ -291,7 +298,21 @@ class _Rollout:
             [[*group, count] for group, count in groups.most_common(_MOST_COMPLETIONS)],
             len(self.answers),
             None if self.blind_answers is None else self._shown_blind(),
+            *self._shown_votes(),
         ]
+
+    def _shown_votes(self) -> tuple[list[list], int]:
+        """The most frequent answers with their count and their lowest and highest reward, the unreadable ones last; and how
+        many other answers there are."""
+        rewards: dict[str | None, list[float | None]] = defaultdict(list)
+        for canonical, _, reward, _ in self.answers:
+            rewards[canonical].append(reward)
+        unreadable = rewards.pop(None, None)
+        ranked = sorted(rewards, key=lambda answer: (-len(rewards[answer]), answer != self.majority))
+        votes = [(shown(answer, _LONGEST_NAME), rewards[answer]) for answer in ranked[:_MOST_ANSWERS]]
+        if unreadable is not None:
+            votes.append((None, unreadable))
+        return [[answer, len(given), *_range(given)] for answer, given in votes], len(ranked[_MOST_ANSWERS:])
 
     def _shown_blind(self) -> list:
         """The most frequent answer without the image, how often it was given, and of how many."""
@@ -331,6 +352,12 @@ class _Sums:
         if self._rewarded:
             means["solver/reward"] = self._rewards / self._rewarded
         return means
+
+
+def _range(rewards: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """The lowest and the highest of those that are rewards."""
+    known = [round(reward, 3) for reward in rewards if reward is not None]
+    return (min(known), max(known)) if known else (None, None)
 
 
 def _shown_json(rollout: _Rollout, pictured: bool) -> str:
@@ -380,18 +407,36 @@ def _blind(answers) -> list[str | None] | None:
     return None if not answers else [None if answer is None else _text(answer) for answer in answers]
 
 
-def _history(folder: Path, last_step: int) -> list[dict]:
-    """The trainer's longest history in a run's folder that is not another, longer run's."""
-    best, rows = -1, []
-    for file in [folder / STATE_NAME, folder / REPORT_FOLDER / STATE_NAME, *folder.glob(f"checkpoint-*/{STATE_NAME}")]:
+def _history(run: Run) -> list[dict]:
+    """The trainer's longest history that is of a run's log. Its folder may hold those of other runs."""
+    from ..state import STATE_NAME as OUR_STATE_NAME  # which imports torch
+
+    best, rows, found = -1, [], 0
+    folder = run.log.parent
+    for file in [folder / REPORT_FOLDER / STATE_NAME, *folder.glob(f"checkpoint-*/{STATE_NAME}")]:
         try:
             state = json.loads(file.read_text(encoding="utf-8"))
-            step = _number(state["global_step"], 0, last_step + 1)  # the proposer's step comes after its rollouts
-            if step > best and isinstance(state["log_history"], list):
-                best, rows = step, state["log_history"]
+            step = _number(state["global_step"], 0, _LAST_STEP)
+            history = state["log_history"]
+            if not isinstance(history, list):
+                raise TypeError("no history")
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # half-written, or none: the page says how far the history reaches
+        found += 1
+        if step > best and _is_of_log(file.with_name(OUR_STATE_NAME), run.log):
+            best, rows = step, history
+    run.others_histories = found if best < 0 else 0
     return rows
+
+
+def _is_of_log(file: Path, log: Path) -> bool:
+    """Whether what was written with a state is the beginning of this log."""
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        length = _number(state["rollout_log_bytes"], 1, log.stat().st_size)
+        return hash_start(log, length).hexdigest() == state["rollout_log_digest"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _add_history(run: Run, history: Sequence[dict]) -> None:

@@ -3,7 +3,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
   const PAGE = data.runs.length > 1 ? 12 : 24; // rollouts of each run
-  const [STEP, IMAGE, NAME, QUESTION, WRITTEN, KIND, AGREEMENT, ENTROPY, REWARD, MAJORITY, ANSWERS, COUNT, BLIND] = Array(13).keys();
+  const [STEP, IMAGE, NAME, QUESTION, WRITTEN, KIND, AGREEMENT, ENTROPY, REWARD, MAJORITY, ANSWERS, COUNT, BLIND, VOTES, OTHERS] = Array(15).keys();
   document.documentElement.classList.add("scripted");
 
   // Text of strangers becomes text nodes, and nothing else
@@ -126,21 +126,11 @@
 
   // Cards
 
-  const votesOf = (rollout) => {
-    const votes = new Map();
-    for (const [answer, , reward, count] of rollout[ANSWERS]) {
-      const vote = votes.get(answer) || { count: 0, rewards: [] };
-      vote.count += count;
-      if (reward !== null) vote.rewards.push(reward);
-      votes.set(answer, vote);
-    }
-    const rank = ([answer, vote]) => (answer === null ? -1 : vote.count + (answer === rollout[MAJORITY] ? 0.5 : 0));
-    return [...votes].sort((a, b) => rank(b) - rank(a));
-  };
-  const rewardRange = (rewards) => {
-    if (!rewards.length) return "no reward";
-    const low = Math.min(...rewards).toFixed(2), high = Math.max(...rewards).toFixed(2);
-    return `reward ${low === high ? low : `${low} to ${high}`}`;
+  const total = (counts) => counts.reduce((sum, count) => sum + count, 0);
+  const rewardRange = (low, high) => {
+    if (low === null) return "no reward";
+    const [from, to] = [low.toFixed(2), high.toFixed(2)];
+    return `reward ${from === to ? from : `${from} to ${to}`}`;
   };
   const card = (rollout, run) => {
     const body = make("div", "body");
@@ -153,13 +143,18 @@
       body.append(foreign("p", "written clamp", `The proposer wrote: ${rollout[WRITTEN] || "nothing"}`));
     }
     const votes = make("ul", "votes");
-    for (const [answer, vote] of votesOf(rollout).slice(0, 8)) {
+    for (const [answer, count, low, high] of rollout[VOTES]) {
       const bar = make("span", "bar");
-      bar.style.width = `${100 * vote.count / rollout[COUNT]}%`;
+      bar.style.width = `${100 * count / rollout[COUNT]}%`;
       const majority = answer !== null && answer === rollout[MAJORITY];
       votes.append(make("li", majority ? "majority" : answer === null ? "unreadable" : "", bar,
         foreign("bdi", "answer", answer === null ? "unreadable" : answer),
-        make("span", "count", `${vote.count} of ${rollout[COUNT]} · ${rewardRange(vote.rewards)}`)));
+        make("span", "count", `${count} of ${rollout[COUNT]} · ${rewardRange(low, high)}`)));
+    }
+    if (rollout[OTHERS]) {
+      const count = rollout[COUNT] - total(rollout[VOTES].map((vote) => vote[1]));
+      votes.append(make("li", "others", make("span", "answer", `${rollout[OTHERS]} more ${rollout[OTHERS] > 1 ? "answers" : "answer"}`),
+        make("span", "count", `${count} of ${rollout[COUNT]}`)));
     }
     const sum = (label, value) => make("span", "", `${label} `, make("b", "", value));
     const blind = rollout[BLIND] === null ? [] : [make("span", "", "without the image ",
@@ -167,7 +162,9 @@
     body.append(votes, make("p", "sums", sum("agreement", percent(rollout[AGREEMENT])),
       sum("entropy", rollout[ENTROPY].toFixed(2)), sum("proposer’s reward", rollout[REWARD].toFixed(2)), ...blind));
     const list = make("ol");
-    const details = make("details", "", make("summary", "", `The ${rollout[COUNT]} answers in full`), list);
+    const inFull = total(rollout[ANSWERS].map((answer) => answer[3]));
+    const which = inFull < rollout[COUNT] ? `${inFull} of the ${rollout[COUNT]}` : `The ${rollout[COUNT]}`;
+    const details = make("details", "", make("summary", "", `${which} answers in full`), list);
     details.addEventListener("toggle", () => {
       if (list.childElementCount) return;
       for (const [, completion, reward, count] of rollout[ANSWERS]) {
