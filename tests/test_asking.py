@@ -15,6 +15,7 @@
 """Questions about images: the vote, files of strangers, and answers that do not depend on what is asked beside them."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,55 @@ def test_nothing_answered_is_a_failure(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "rows.jsonl:20: lacks image" in err and "rows.jsonl:21:" not in err
     assert "0 answered, 30 skipped" in err and "could be answered" in err
+
+
+def test_what_is_read_from_is_not_written_to(folder, tmp_path, capsys, monkeypatch):
+    def load(*args, **kwargs):
+        raise AssertionError("the model is loaded though its answers cannot be written")
+
+    monkeypatch.setattr("evolmm_trl.solver.load_solver", load)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"image": "0.png", "question": "blue"}\n')
+    os.link(rows, tmp_path / "linked.jsonl")
+    image = tmp_path / "0.png"
+    image.write_bytes((folder / "charts" / "0.png").read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    for output in (rows, "rows.jsonl", f"../{tmp_path.name}/rows.jsonl", "linked.jsonl"):
+        assert evolmm_ask("--input", rows, "--output", output) == 2
+        assert "is read from and would be overwritten" in capsys.readouterr().err
+    assert evolmm_ask("--image", image, "blue", "--output", image) == 2
+    assert evolmm_ask("--input", rows, "--output", tmp_path) == 2
+    assert "is no file" in capsys.readouterr().err
+    assert evolmm_ask("--input", rows, "--output", tmp_path / "gone" / "answers.jsonl") == 2
+    assert "There is no folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_answers_that_are_there_stay_until_there_are_new_ones(folder, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "answers.jsonl"
+    output.write_text("old")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    assert evolmm_ask("--input", tmp_path / "rows.jsonl", "--output", output) == 1
+    assert output.read_text() == "old" and not (tmp_path / "answers.jsonl.part").exists()
+
+    calls = []
+
+    def fail_later(*args, **kwargs):
+        if calls:
+            raise ValueError("it fails")
+        calls.append(ask(*args, **kwargs))
+        return calls[0]
+
+    monkeypatch.setattr("evolmm_trl.asking.ask", fail_later)
+    arguments = ("--image", folder / "charts", "blue", "--batch_size", 1, "--output", output)
+    assert evolmm_ask(*arguments) == 1
+    assert output.read_text() == "old"
+    assert len((tmp_path / "answers.jsonl.part").read_text().splitlines()) == 1
+    assert "What was written until then is in" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert evolmm_ask(*arguments) == 0
+    assert len(output.read_text().splitlines()) == 3 and not (tmp_path / "answers.jsonl.part").exists()
 
 
 def test_the_adapter_answers(folder, capsys, tmp_path):

@@ -334,6 +334,22 @@ def test_images_outside_the_root_are_not_answered_about(run, data, tmp_path, cap
     assert json.loads(capsys.readouterr().out)["answered"] == 1
 
 
+def test_questions_are_not_overwritten_by_their_answers(tmp_path, capsys):
+    source = tmp_path / "questions.jsonl"
+    source.write_text('{"image": "a.png", "question": "What?"}\n')
+    command = ["sr2se", "answer", str(tmp_path / "no-run"), "--input", str(source), "--output"]
+    assert cli.main([*command, str(source)]) == 2
+    assert "is read from and would be overwritten" in capsys.readouterr().err
+    assert cli.main([*command, str(tmp_path / "gone" / "answers.jsonl")]) == 2
+    assert "There is no folder" in capsys.readouterr().err
+    (tmp_path / "answers.jsonl").write_text("old")
+    assert cli.main([*command, str(tmp_path / "answers.jsonl")]) == 1  # there is no such run
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "questions.jsonl": source.read_text(),
+        "answers.jsonl": "old",
+    }
+
+
 def test_half_a_command_is_refused(run, capsys):
     assert cli.main(["sr2se", "answer", str(run / "run"), "--image", "a.png"]) == 2
     assert "--image and --question" in capsys.readouterr().err

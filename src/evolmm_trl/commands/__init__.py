@@ -24,6 +24,12 @@ as one line, without a traceback.
 """
 
 import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
 
 
 class UsageError(Exception):
@@ -34,6 +40,48 @@ def visible(text: str, limit: int = 1000) -> str:
     """A stranger's text for a terminal: on one line, without what would steer it, and not endless."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
     return shown if len(text) <= limit else f"{shown}... ({len(text):,} characters)"
+
+
+@contextmanager
+def output_file(path: str, *sources: str | None) -> Iterator[TextIO]:
+    """
+    A file to write, which takes the place of what is at `path` once it is whole. Until then it is `path` with `.part`.
+
+    Args:
+        path (`str`):
+            The file.
+        *sources (`str` or `None`):
+            What is read from.
+
+    Yields:
+        `TextIO`
+
+    Raises:
+        [`UsageError`]: if `path` is one of `sources`, or cannot be a file.
+    """
+    target = Path(path).resolve()
+    if not target.parent.is_dir():
+        raise UsageError(
+            f"There is no folder {str(target.parent)!r} to write {target.name!r} to. Make it, or check the path."
+        )
+    if target.exists() and not target.is_file():
+        raise UsageError(f"{path!r} is there and is no file. Give another path to write to.")
+    if target.exists() and any(
+        os.path.samefile(target, source) for source in sources if source and os.path.exists(source)
+    ):
+        raise UsageError(f"{path!r} is read from and would be overwritten. Give another path to write to.")
+    part = target.with_name(f"{target.name}.part")
+    file = open(part, "w", encoding="utf-8")
+    try:
+        with file:
+            yield file
+    except BaseException:
+        if part.stat().st_size:
+            print(f"What was written until then is in {part}.", file=sys.stderr)
+        else:
+            part.unlink()
+        raise
+    os.replace(part, target)
 
 
 def positive(text: str) -> int:

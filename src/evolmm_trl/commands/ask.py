@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
-from . import UsageError, positive, visible
+from . import UsageError, output_file, positive, visible
 
 
 _DESCRIPTION = """\
@@ -89,14 +89,16 @@ def _run(arguments: argparse.Namespace) -> int:
     rows, total = _rows(arguments)
     options = {"device_map": "auto"} if torch.accelerator.is_available() else {}
     prompts = _prompts(arguments)
-    model, processor = load_solver(arguments.model, arguments.adapter, dtype=arguments.dtype, **options)
     names = ("samples", "temperature", "max_new_tokens", "max_pixels", "batch_size", "seed")
     settings = {name: getattr(arguments, name) for name in names}
 
     answered = skipped = 0
-    file = open(arguments.output, "w", encoding="utf-8") if arguments.output else nullcontext(sys.stdout)
+    file = nullcontext(sys.stdout)
+    if arguments.output:
+        file = output_file(arguments.output, arguments.input, arguments.image, arguments.prompts)
     # The bar is on standard error, and only if that is a terminal
     with file as out, tqdm(total=total, unit="question", disable=None if total > 1 else True) as bar:
+        model, processor = load_solver(arguments.model, arguments.adapter, dtype=arguments.dtype, **options)
         for batch in _batches(_usable(rows, processor, arguments), arguments.batch_size):
             asked = [entry for entry in batch if not isinstance(entry, str)]
             for reason in (entry for entry in batch if isinstance(entry, str)):
@@ -128,10 +130,10 @@ def _run(arguments: argparse.Namespace) -> int:
                 tqdm.write(line, file=out)
             answered += len(asked)
             bar.update(len(batch))
-    if total != 1:
-        print(f"{answered} answered, {skipped} skipped", file=sys.stderr)
-    if not answered:
-        raise ValueError(f"Nothing in {arguments.input or arguments.image} could be answered.")
+        if total != 1:
+            tqdm.write(f"{answered} answered, {skipped} skipped", file=sys.stderr)
+        if not answered:
+            raise ValueError(f"Nothing in {arguments.input or arguments.image} could be answered.")
     return 0
 
 

@@ -16,8 +16,10 @@
 
 import argparse
 import json
+from collections.abc import Iterable
+from typing import TextIO
 
-from . import UsageError
+from . import UsageError, output_file
 
 
 def add_command(commands) -> None:
@@ -69,49 +71,49 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _answer(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
+    from pathlib import Path
 
     from ..sr2se.pipeline import load_run
+    from ..sr2se.rows import read_rows
 
     single, many = (arguments.image, arguments.question), (arguments.input, arguments.output)
     if (None in single) == (None in many) or any(single) == any(many):
         raise UsageError("Give --image and --question, or --input and --output.")
-    reasoner = load_run(arguments.folder, arguments.batch_size)
     if arguments.image is not None:
+        reasoner = load_run(arguments.folder, arguments.batch_size)
         print(json.dumps(asdict(reasoner.generate(arguments.image, arguments.question)), indent=2))
         return 0
-    print(json.dumps(answer_file(reasoner, arguments.input, arguments.output, arguments.image_root), indent=2))
+    rows = read_rows(arguments.input, ("question",), Path(arguments.input).parent, arguments.image_root)
+    with output_file(arguments.output, arguments.input) as file:
+        summary = answer_rows(load_run(arguments.folder, arguments.batch_size), rows, file)
+    print(json.dumps(summary, indent=2))
     return 0
 
 
-def answer_file(reasoner, source: str, output: str, image_root: str | None = None) -> dict:
+def answer_rows(reasoner, rows: Iterable, file: TextIO) -> dict:
     """
-    Answers every row of a JSONL file; what cannot be used is skipped, counted and named.
+    Answers every row; what cannot be used is skipped, counted and named.
 
     Args:
         reasoner ([`~evolmm_trl.sr2se.EarlyExitReasoner`]):
             Answers.
-        source (`str`):
-            JSONL with `image` and `question`, and `answer` where there is one.
-        output (`str`):
-            JSONL with `image_path`, `question`, `answer`, `description`, `steps`, `scores`, `tokens`.
-        image_root (`str`, *optional*):
-            Folder that image paths start from and may not leave. Without it they start from the file's folder and may lead
-            into it or the working directory.
+        rows (`Iterable[Row or BadRow]`):
+            What [`~evolmm_trl.sr2se.rows.read_rows`] gives, each with a question.
+        file (`TextIO`):
+            Gets JSONL with `image_path`, `question`, `answer`, `description`, `steps`, `scores`, `tokens`.
 
     Returns:
         `dict`: rows answered and skipped, mean steps and tokens, and the accuracy on rows with an answer.
     """
-    from pathlib import Path
-
     from tqdm.auto import tqdm
 
     from ..data import UnreadableImageError
     from ..sr2se.early_exit import is_right
-    from ..sr2se.rows import BadRow, Row, read_rows, warn_of
+    from ..sr2se.rows import BadRow, Row, warn_of
 
     group, right, totals = [], [], {"answered": 0, "skipped": 0, "steps": 0, "tokens": 0}
 
-    def flush(file) -> None:
+    def flush() -> None:
         if not group:
             return
         rows, images = zip(*group, strict=True)
@@ -133,20 +135,18 @@ def answer_file(reasoner, source: str, output: str, image_root: str | None = Non
                 right.append(is_right(result.answer, row.answer))
         group.clear()
 
-    with open(output, "w", encoding="utf-8") as file:
-        rows = read_rows(source, ("question",), Path(output).parent / "images", image_root)
-        for row in tqdm(rows, desc="answers", unit="row", disable=None):
-            if isinstance(row, Row):
-                try:
-                    group.append((row, reasoner.policies.image(row.image_path)))
-                except UnreadableImageError as error:
-                    row = BadRow(row.index, row.image_path, f"unreadable image: {error.reason}")
-            if isinstance(row, BadRow):
-                warn_of(row, totals["skipped"])
-                totals["skipped"] += 1
-            if len(group) == 4 * reasoner.policies.batch_size:
-                flush(file)
-        flush(file)
+    for row in tqdm(rows, desc="answers", unit="row", disable=None):
+        if isinstance(row, Row):
+            try:
+                group.append((row, reasoner.policies.image(row.image_path)))
+            except UnreadableImageError as error:
+                row = BadRow(row.index, row.image_path, f"unreadable image: {error.reason}")
+        if isinstance(row, BadRow):
+            warn_of(row, totals["skipped"])
+            totals["skipped"] += 1
+        if len(group) == 4 * reasoner.policies.batch_size:
+            flush()
+    flush()
     answered = max(totals["answered"], 1)
     return {
         "answered": totals["answered"],
