@@ -209,3 +209,31 @@ def test_another_base_model_than_the_adapter_was_trained_on_is_warned_of(base, t
         change_config(adapter, base_model_name_or_path="somebody/other")
         load_solver(base, str(adapter))
     assert f"was trained on somebody/other and is loaded on {base}" in caplog.text
+
+
+def test_what_an_adapter_says_of_its_base_does_not_steer_the_terminal(base, adapter, caplog):
+    change_config(adapter, base_model_name_or_path="a\x1b]0;b\x07\n\u202ec")
+    with caplog.at_level(logging.WARNING, logger="evolmm_trl"):
+        load_solver(base, str(adapter))
+    assert "was trained on a\\x1b]0;b\\x07\\n\\u202ec and is loaded on" in caplog.text
+    change_config(adapter, peft_type="\x1b[31m")
+    with pytest.raises(ValueError, match=r"of the type \\x1b\[31m; expected LORA"):
+        load_solver(base, str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not JSON: Expecting property name"),
+        (b"\xff\xff\xff\xff\xff", "is not JSON: "),
+        (b"[" * 100_000, "is not JSON: "),
+        (b"[]", "holds a list; expected a JSON object"),
+        (b'{"peft_type": "LORA", "base_model_name_or_path": 7}', "is 7; expected a model's id or path, or null"),
+        (b'{"peft_type": ["LORA"]}', r"of the type \['LORA'\]"),
+    ],
+)
+def test_a_config_that_is_none_is_refused_with_its_name(base, adapter, content, message):
+    (adapter / "adapter_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_solver(base, str(adapter))
+    assert str(adapter) in str(caught.value)

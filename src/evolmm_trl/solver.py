@@ -26,6 +26,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForImageTextToText
 from transformers.utils import cached_file
 
+from .commands import visible
 from .processing import HUB_KWARGS, load_processor
 from .prompts import PROMPTS_NAME, RolePrompts
 
@@ -75,7 +76,7 @@ def load_role(base: str, adapter: str | None, role: str, **kwargs):
         folder = _role_folder(adapter, role, **hub)
         trained_on = _check_config(folder)
         if trained_on is not None and Path(trained_on).name != Path(base).name:
-            logger.warning("%s was trained on %s and is loaded on %s.", adapter, trained_on, base)
+            logger.warning("%s was trained on %s and is loaded on %s.", adapter, visible(trained_on), base)
 
     kwargs = {"trust_remote_code": False, **kwargs}  # unset, transformers asks at the terminal
     model = AutoModelForImageTextToText.from_pretrained(base, **kwargs)
@@ -215,7 +216,22 @@ def _place_name(place: str) -> str:
 
 def _check_config(folder: Path) -> str | None:
     """Refuses adapters that are not plain LoRA; returns the name of the model that the adapter was trained on."""
-    config = json.loads((folder / _ADAPTER_FILES[0]).read_text())
+    path = folder / _ADAPTER_FILES[0]
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not JSON: {error}. Download it again, or have the adapter saved again."
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}; expected a JSON object, as PEFT writes it.")
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"The adapter in {folder} is of the type {config.get('peft_type')}; expected LORA.")
-    return config.get("base_model_name_or_path")
+        raise ValueError(
+            f"The adapter in {folder} is of the type {visible(str(config.get('peft_type')))}; expected LORA."
+        )
+    trained_on = config.get("base_model_name_or_path")
+    if trained_on is not None and not isinstance(trained_on, str):
+        raise ValueError(
+            f"`base_model_name_or_path` in {path} is {visible(str(trained_on))}; expected a model's id or path, or null."
+        )
+    return trained_on
