@@ -33,6 +33,7 @@ from tiny_models import tiny_qwen2_5_vl
 from tiny_trainer import TalkingTrainer, config, image_dataset, lora
 from transformers.integrations import TensorBoardCallback
 
+from evolmm_trl.report import write_report
 from evolmm_trl.thumbnails import image_digest
 from evolmm_trl.trackers import RolloutPictures
 
@@ -120,6 +121,28 @@ def test_a_resumed_run_keeps_the_same_thumbnails(base, run, tmp_path):
     again = {json.loads(line)["image_digest"] for line in (folder / "rollouts.jsonl").read_text().splitlines()[4:]}
     assert kept(folder) <= kept(run) | again
     assert set(sorted(again)[:1]) <= kept(folder)
+
+
+def test_a_new_run_in_the_folder_of_another_gets_nothing_of_it(base, run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    make(base, folder, max_steps=1).train()  # with the same seed
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "No trainer_state.json in the folder is known to be of this log" in page
+    assert "KL to the base model" not in page
+    earlier = write_report(folder / "rollouts.1.jsonl").read_text(encoding="utf-8")
+    assert "KL to the base model" in earlier and "trainer_state.json" not in earlier
+
+
+def test_a_run_that_was_resumed_keeps_its_history(base, run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    for left in ("_report", "checkpoint-6"):
+        shutil.rmtree(folder / left)
+    checkpoint = str(folder / "checkpoint-3")
+    make(base, folder, save_strategy="steps", save_steps=3).train(resume_from_checkpoint=checkpoint)
+    assert len((folder / "rollouts.jsonl").read_text().splitlines()) == 8
+    assert "trainer_state.json" not in write_report(folder).read_text(encoding="utf-8")  # nothing is missing
+    shutil.rmtree(folder / "checkpoint-6")
+    assert "trainer_state.json is of step 3" in write_report(folder).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyError("step"), RuntimeError("what a library raised")])
@@ -219,6 +242,14 @@ def test_what_a_model_wrote_is_no_markup_in_a_tracker_and_not_long():
     assert "\u202e" not in text and len(text) < 1000
 
 
+def test_a_caption_says_how_many_answers_it_leaves_out():
+    callbacks = Callbacks()
+    rollout = record(1, answers=["7", "7", *map(str, range(100, 110))])
+    RolloutPictures(callbacks).log([rollout], [Image.new("RGB", (9, 9))], max_steps=1)
+    (text,) = callbacks.writer.texts
+    assert "    7 (2), 100 (1), " in text and "106 (1), 3 more (3)\n" in text
+
+
 def test_no_pictures_are_sent_on_request(base, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -239,8 +270,8 @@ make(sys.argv[1], sys.argv[2], max_steps=2, report_to=sys.argv[3:], project="evo
 
 @pytest.fixture(scope="module")
 def tracked(base, tmp_path_factory):
-    """A run that reports to those of the two that are installed, in a process of its own, at whose end all is written."""
-    trackers = [name for name in ("wandb", "trackio") if importlib.util.find_spec(name)]
+    """A run that reports to wandb, and to trackio if it is installed, in a process of its own, at whose end all is written."""
+    trackers = ["wandb", *(["trackio"] if importlib.util.find_spec("trackio") else [])]
     folder = tmp_path_factory.mktemp("tracked")
     environment = {
         **os.environ,
@@ -249,15 +280,13 @@ def tracked(base, tmp_path_factory):
         "WANDB_DIR": str(folder),
         "TRACKIO_DIR": str(folder / "trackio"),
     }
-    if trackers:
-        command = [sys.executable, "-c", _TRAIN, base, str(folder / "run"), *trackers]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, "-c", _TRAIN, base, str(folder / "run"), *trackers]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
 def test_wandb_has_scalars_and_pictures(tracked):
-    pytest.importorskip("wandb", reason="wandb is not installed")
     (log,) = tracked.glob("wandb/offline-run-*/*.wandb")
     assert len(list(log.parent.rglob("media/images/rollouts*.png"))) == 4
     content = log.read_bytes()
