@@ -18,16 +18,14 @@ vLLM, to the server's host and start the server with it:
 
     PYTHONPATH=FOLDER_OF_THIS_FILE bash serve_vllm.sh MODEL --middleware vllm_adapter_upload.AdapterUpload
 
-Set the environment variable VLLM_API_KEY on both sides unless the network is the trainer's alone: who can reach the server
-can otherwise give it adapters.
+Give the server a key (`--api-key`, or VLLM_API_KEY in its environment), and the trainer the same as VLLM_API_KEY, unless the
+network is the trainer's alone: who can reach the server can otherwise give it adapters.
 """
 
-import hmac
 import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -40,14 +38,12 @@ _LARGEST = 4 * 1024**3
 class AdapterUpload:
     """
     ASGI middleware: `PUT /evolmm/adapters/NAME/FILE` writes a file of an adapter and answers with the adapter's folder on this
-    host, `DELETE /evolmm/adapters/NAME` deletes it, `GET /evolmm/adapters` says that both can be done. All else is vLLM's.
+    host, `DELETE /evolmm/adapters/NAME` deletes it, `GET /evolmm/adapters` says that both can be done. They are for those whom
+    vLLM lets see its models. All else is vLLM's.
     """
 
     def __init__(self, app):
-        if any(argument.startswith("--api-key") for argument in sys.argv):
-            raise ValueError("Uploads are not guarded by --api-key. Give the key in the environment, as VLLM_API_KEY.")
         self.app = app
-        self.key = os.environ.get("VLLM_API_KEY")
         self.folder = tempfile.TemporaryDirectory(prefix="evolmm-adapters-")  # deleted with this object
 
     async def __call__(self, scope, receive, send):
@@ -60,9 +56,9 @@ class AdapterUpload:
         await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
 
     async def answer(self, scope, receive, name: str | None, file: str | None) -> tuple[int, dict]:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        if self.key and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
-            return 401, {"error": "Unauthorized"}
+        status = await self.status_of_models(scope)
+        if status != 200:
+            return status, {"error": f"vLLM answers {status} to a request for its models with this key"}
         match scope["method"], name, file:
             case "GET", None, None:
                 return 200, {"folder": self.folder.name}
@@ -73,18 +69,38 @@ class AdapterUpload:
                 return 200, {}
         return 404, {"error": f"{scope['method']} {scope['path']} is not known"}
 
+    async def status_of_models(self, scope) -> int:
+        """What vLLM, wherever it has its keys from, answers to the same caller who asks for its models."""
+        asked = {**scope, "method": "GET", "path": "/v1/models", "raw_path": b"/v1/models", "query_string": b""}
+        statuses = []
+
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message):
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        await self.app(asked, receive, send)
+        return statuses[0]
+
     async def write(self, receive, folder: Path, file: str) -> tuple[int, dict]:
         folder.mkdir(exist_ok=True)
-        partial, size, more = folder / f"{file}.partial", 0, True
-        with partial.open("wb") as output:
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return 400, {"error": "the upload has not come to its end"}
-                size += len(message.get("body", b""))
-                if size > _LARGEST:
-                    return 413, {"error": f"an adapter of more than {_LARGEST} bytes"}
-                output.write(message.get("body", b""))
-                more = message.get("more_body", False)
-        partial.replace(folder / file)
+        # Under a name of its own: two processes may upload it at the same time
+        handle, partial = tempfile.mkstemp(dir=folder)
+        size, more = 0, True
+        try:
+            with open(handle, "wb") as output:
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return 400, {"error": "the upload has not come to its end"}
+                    size += len(message.get("body", b""))
+                    if size > _LARGEST:
+                        return 413, {"error": f"an adapter of more than {_LARGEST} bytes"}
+                    output.write(message.get("body", b""))
+                    more = message.get("more_body", False)
+            os.replace(partial, folder / file)
+        finally:
+            Path(partial).unlink(missing_ok=True)
         return 200, {"folder": str(folder)}

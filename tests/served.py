@@ -51,7 +51,8 @@ class ServersStandIn:
     base: str
     closed = False
 
-    def __init__(self, urls, image_token_id, adapter_dir, *, start_timeout, request_timeout):
+    def __init__(self, urls, image_token_id, adapter_dir, *, owner, start_timeout, request_timeout):
+        assert Path(owner).is_absolute()  # else two runs may be of one name
         self.urls, self.image_token_id = list(urls), image_token_id
         self.adapter_dir = Path(adapter_dir)
         self.adapters: dict[str, ServedAdapter] = {}

@@ -146,10 +146,11 @@ def test_a_rank_above_the_servers_is_said_before_anything_is_asked(vllm_server, 
 
 
 def test_another_base_model_is_warned_of(vllm_server, policy, tmp_path, caplog):
-    with client(vllm_server, policy, tmp_path) as servers:
-        servers.start(vllm_server.model)
+    for model in (vllm_server.model, "Qwen/Qwen2.5-VL-3B-Instruct"):
         assert "serves" not in caplog.text
-        servers.start("Qwen/Qwen2.5-VL-3B-Instruct")
+        with client(vllm_server, policy, tmp_path) as servers:
+            servers.start(model)
+            servers.swap(SOLVER, policy.save(SOLVER))
     assert re.search(r"serves /\S+, and the trained model is Qwen/Qwen2.5-VL-3B-Instruct", caplog.text)
 
 

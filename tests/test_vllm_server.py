@@ -18,9 +18,11 @@ import asyncio
 import json
 import logging
 import os
+import socket
 import subprocess
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +63,12 @@ def request(
 def save(folder: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / name).write_text("{}")
+
+
+def watch(stand_in, see) -> None:
+    """Has `see` called with every address that the server is asked for, before it answers."""
+    respond = stand_in.respond
+    stand_in.respond = lambda path, body: (see(path), respond(path, body))[1]
 
 
 def ids(completions) -> list[list[int]]:
@@ -153,6 +161,23 @@ def test_an_images_requests_go_to_one_server_and_images_are_spread(stand_ins, co
     assert not places[0] & places[1]
 
 
+def test_images_that_come_one_by_one_are_spread_too(stand_ins, connect):
+    servers = connect(*stand_ins)
+    images = [f"data:{i}" for i in range(40)]
+    for image in images:
+        servers.generate([request(image)])
+    asked = [[body["content_parts"][0]["url"] for body in stand_in.asked] for stand_in in stand_ins]
+    assert min(map(len, asked)) > 5
+    # Another process sends an image to the server that has it already
+    other = connect(*stand_ins, start=False)
+    other.adapters = dict(servers.adapters)
+    for image in images:
+        other.generate([request(image, role="proposer")])
+    assert all(
+        {body["content_parts"][0]["url"] for body in s.asked} == set(a) for s, a in zip(stand_ins, asked, strict=True)
+    )
+
+
 def test_one_server_can_be_asked(stand_ins, connect):
     servers = connect(*stand_ins)
     for url, stand_in in zip(servers.urls, stand_ins, strict=True):
@@ -186,16 +211,13 @@ def test_only_the_role_that_moved_is_swapped_and_its_old_folder_goes_after_the_u
     servers = connect(*stand_ins)
     before = dict(servers.adapters)
     seen = []
-    unload = stand_ins[0].respond
-    stand_ins[0].respond = lambda path, body: (
-        seen.append((path, os.listdir(tmp_path / "adapters"))),
-        unload(path, body),
-    )[1]
+    for stand_in in stand_ins:
+        watch(stand_in, lambda path: seen.append((path, os.listdir(tmp_path / "adapters"))))
     seconds = servers.swap("solver", save)
     after = servers.adapters
     assert after["proposer"] == before["proposer"] and after["solver"].name != before["solver"].name
-    assert [path for path, _ in seen] == ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
-    assert before["solver"].name in seen[1][1]
+    assert [path for path, _ in seen] == ["/v1/load_lora_adapter"] * 2 + ["/v1/unload_lora_adapter"] * 2
+    assert all(before["solver"].name in folders for _, folders in seen)
     assert sorted(os.listdir(tmp_path / "adapters")) == sorted(adapter.name for adapter in after.values())
     for stand_in in stand_ins:
         assert stand_in.adapters == {adapter.name: adapter.folder for adapter in after.values()}
@@ -252,6 +274,17 @@ def test_another_process_takes_over_the_adapters(stand_ins, connect):
     other.close()
     assert Path(main.adapters["solver"].folder).is_dir()
     assert ids(main.generate([request()])[0]) == EXPECTED
+
+
+def test_what_a_killed_run_has_left_is_removed_by_the_same_run_and_not_by_another(stand_ins, connect, tmp_path):
+    stand_ins[0].uploads = {}
+    first = connect(stand_ins[0], owner="/runs/first")
+    second = connect(stand_ins[0], owner="/runs/second")
+    assert ids(first.generate([request()])[0]) == ids(second.generate([request()])[0]) == EXPECTED
+    assert len(stand_ins[0].loads) == 4
+    again = connect(stand_ins[0], owner="/runs/first")
+    names = {adapter.name for servers in (second, again) for adapter in servers.adapters.values()}
+    assert set(os.listdir(tmp_path / "adapters")) == set(stand_ins[0].adapters) == set(stand_ins[0].uploads) == names
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -315,6 +348,12 @@ def test_log_probs_from_before_the_settings_are_an_error_before_training(stand_i
 # Faults
 
 
+def is_in_trouble(stand_in, path: str, status: int, seconds: float) -> None:
+    """For some time it answers an address with this status, and is not healthy."""
+    stand_in.routes = {path: error(status, "EngineCore has died"), "/health": (503, "")}
+    threading.Timer(seconds, stand_in.routes.clear).start()
+
+
 def vanish(server, body):
     """The server dies over a request, and comes back without adapters."""
     server.die()
@@ -357,6 +396,55 @@ def test_a_swap_waits_for_a_server_that_is_gone(stand_ins, connect):
     assert list(stand_ins[0].adapters) == [servers.adapters["solver"].name]
 
 
+@pytest.mark.parametrize("status", [500, 502, 503])
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+def test_a_swap_waits_for_a_server_in_trouble_or_goes_on_with_the_others(stand_ins, connect, path, status):
+    servers = connect(*stand_ins)
+    is_in_trouble(stand_ins[0], path, status, 0.4)
+    servers.swap("solver", save)
+    assert servers.adapters["solver"].name in stand_ins[1].adapters and len(stand_ins[1].adapters) == 2
+    for url in servers.urls:
+        assert ids(servers.submit(request(), url).result()) == EXPECTED
+    alone = connect(stand_ins[0])
+    is_in_trouble(stand_ins[0], path, status, 0.4)
+    alone.swap("solver", save)
+    assert ids(alone.generate([request()])[0]) == EXPECTED
+
+
+def test_a_server_in_trouble_when_it_is_looked_at_anew_is_waited_for(stand_ins, connect):
+    servers = connect(stand_ins[0])
+    stand_ins[0].die()
+    stand_ins[0].start()
+    loads = []
+
+    def see(path):
+        if path == "/v1/load_lora_adapter":
+            loads.append(path)
+            if len(loads) == 1:
+                is_in_trouble(stand_ins[0], "/inference/v1/generate", 500, 0.3)
+
+    watch(stand_ins[0], see)
+    assert ids(servers.generate([request()])[0]) == EXPECTED
+    assert len(loads) == 2
+
+
+def test_a_swap_that_every_server_dies_of_is_given_up(stand_ins, connect):
+    servers = connect(stand_ins[0])
+    loads = []
+
+    def die(path):
+        if path == "/v1/load_lora_adapter":
+            loads.append(path)
+            stand_ins[0].die()
+            threading.Timer(0.1, stand_ins[0].start).start()
+            raise ConnectionError
+
+    watch(stand_ins[0], die)
+    with pytest.raises(VLLMError, match="A swap was tried 3 times, and each time all vLLM servers were gone.*http"):
+        servers.swap("solver", save)
+    assert len(loads) == 3
+
+
 def test_a_server_that_does_not_come_back_is_an_error_with_its_last_words(stand_ins, connect):
     servers = connect(stand_ins[0], start_timeout=1)
 
@@ -390,10 +478,85 @@ def test_an_error_has_the_servers_text_and_is_not_asked_for_again(stand_ins, con
     servers.swap("solver", save)
 
 
-def test_a_busy_server_is_asked_again(stand_ins, connect):
+def test_a_proxy_whose_server_is_gone_is_asked_again(stand_ins, connect):
     servers = connect(stand_ins[0])
-    stand_ins[0].faults = [lambda server, body: (503, "busy"), lambda server, body: (502, "<html>bad gateway</html>")]
+    stand_ins[0].faults = [lambda server, body: (502, "<html>bad gateway</html>")]
     assert ids(servers.generate([request()])[0]) == EXPECTED
+    assert servers.faults["deaths"] == 1
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_waited_for_and_not_taken_for_dead(stand_ins, connect, status, caplog):
+    servers = connect(stand_ins[0])
+    stand_ins[0].faults = [lambda server, body: error(status, "Too many requests")] * 5
+    assert ids(servers.generate([request()])[0]) == EXPECTED
+    assert len(stand_ins[0].asked) == 6 and not servers.faults and len(stand_ins[0].loads) == 2
+    assert [record.message for record in caplog.records] == [
+        f"The vLLM server at {servers.urls[0]} is busy: waiting for 0 of 20 s (status {status}, 'Too many requests')"
+    ]
+
+
+def test_the_wait_for_a_busy_server_has_a_limit(stand_ins, connect):
+    servers = connect(stand_ins[0], start_timeout=0.3)
+    stand_ins[0].faults = [lambda server, body: error(429, "Too many requests")] * 100
+    with pytest.raises(VLLMError, match="too busy to answer /inference/v1/generate in 0 s .status 429, 'Too many req"):
+        servers.generate([request()])
+    servers.swap("solver", save)
+    stand_ins[0].faults = stand_ins[0].faults[:0]
+    stand_ins[0].routes["/v1/unload_lora_adapter"] = (503, "busy")
+    started = time.monotonic()
+    servers.close()
+    assert time.monotonic() - started < 0.3
+
+
+def test_a_server_that_knew_no_adapter_and_knows_it_again_is_asked_again(stand_ins, connect):
+    servers = connect(stand_ins[0])
+    unknown = error(404, "The model `evolmm-solver` does not exist.")
+    stand_ins[0].faults = [lambda server, body: unknown] * 2
+    assert ids(servers.generate([request()])[0]) == EXPECTED
+    stand_ins[0].faults = [lambda server, body: unknown] * 3
+    with pytest.raises(VLLMError, match="was sent 3 times.*status 404, 'The model `evolmm-solver` does not exist.'"):
+        servers.generate([request()])
+
+
+@pytest.fixture
+def silent():
+    """The address of a host that takes no connection and refuses none."""
+    with socket.socket() as listening, ExitStack() as stack:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        for _ in range(4):  # more than it keeps waiting
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listening.getsockname())
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_a_host_that_does_not_answer_holds_nobody(silent, monkeypatch, tmp_path):
+    monkeypatch.setattr(vllm_server, "_CONNECT", 0.3)
+    servers = VLLMServers([silent], IMAGE_TOKEN, tmp_path, start_timeout=60)
+    servers.adapters["solver"] = ServedAdapter("evolmm-solver", str(tmp_path / "evolmm-solver"))
+    future = servers.submit(request())
+    deadline = time.monotonic() + 20
+    while servers._servers[0].up and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert servers._servers[0].reason == "no connection in 0 s"
+    started = time.monotonic()
+    servers._remove(servers.adapters["solver"])  # the server is known to be down, and not asked
+    assert time.monotonic() - started < 0.2
+    servers.close()
+    assert time.monotonic() - started < 3
+    with pytest.raises(VLLMError, match="was closed"):
+        future.result(0)
+
+
+def test_a_server_that_comes_back_with_another_base_model_is_warned_of(stand_ins, connect, caplog):
+    servers = connect(stand_ins[0])
+    stand_ins[0].die()
+    stand_ins[0].routes["/v1/models"] = (200, {"data": [{"id": "other", "root": "/models/other", "parent": None}]})
+    stand_ins[0].start()
+    assert ids(servers.generate([request()])[0]) == EXPECTED
+    assert "serves /models/other or other, and the trained model is base" in caplog.text
 
 
 @pytest.fixture
@@ -456,6 +619,13 @@ def changed(change):
             ),
             "of at most 4 tokens after 5",
         ),
+        (
+            lambda answer: answer["choices"][0].update(
+                token_ids=[IMAGE_TOKEN, END_TOKEN],
+                logprobs={"content": [{"token_id": token, "logprob": -1.0} for token in (IMAGE_TOKEN, END_TOKEN)]},
+            ),
+            f"has sampled the token {IMAGE_TOKEN}, which the request suppresses",
+        ),
     ],
 )
 def test_an_answer_that_cannot_be_right_is_an_error(stand_ins, connect, change, message):
@@ -495,36 +665,72 @@ def test_closing_gives_up_what_is_in_flight(stand_ins, connect, tmp_path):
 # Uploads
 
 
+def test_a_process_that_does_not_see_the_folder_asks_for_an_uploaded_adapter(stand_ins, connect):
+    stand_ins[0].uploads = {}
+    main, other = connect(stand_ins[0]), connect(stand_ins[0], start=False)
+    other.adapters = {
+        role: ServedAdapter(adapter.name, f"/nowhere/{adapter.name}") for role, adapter in main.adapters.items()
+    }
+    assert ids(other.generate([request()])[0]) == EXPECTED
+    assert set(stand_ins[0].adapters.values()) == {f"/uploads/{adapter.name}" for adapter in main.adapters.values()}
+    assert sum(path.startswith("PUT ") for path in stand_ins[0].paths) == 4  # two files of each
+    stand_ins[0].die()
+    stand_ins[0].start()
+    with pytest.raises(VLLMError, match="cannot upload it .FileNotFoundError.* `vllm_adapter_dir` on a disk that all"):
+        other.generate([request()])
+    # One that sees it gives it to the server again, and then the other asks for it
+    assert ids(main.generate([request()])[0]) == ids(other.generate([request()])[0]) == EXPECTED
+
+
+def test_uploads_are_deleted_after_the_server_was_out_of_reach(stand_ins, connect):
+    stand_ins[0].uploads = {}
+    servers = connect(stand_ins[0])
+    servers._set_down(servers._servers[0], "out of reach")
+    servers.swap("solver", save)
+    names = {adapter.name for adapter in servers.adapters.values()}
+    assert set(stand_ins[0].uploads) == set(stand_ins[0].adapters) == names
+    servers._set_down(servers._servers[0], "out of reach")
+    servers._wait_for_any(servers._servers)
+    servers.close()
+    assert not stand_ins[0].uploads and not stand_ins[0].adapters
+
+
 @pytest.fixture
 def uploads(monkeypatch):
-    """The middleware, in front of a server that answers everything with 418."""
+    """The middleware, in front of a server that lets who has its key see its models, and answers all else with 418."""
     import importlib
 
     monkeypatch.syspath_prepend("examples")
     module = importlib.import_module("vllm_adapter_upload")
 
     async def vllm(scope, receive, send):
-        await send({"type": "http.response.start", "status": 418, "headers": []})
+        keys = [value.decode() for name, value in scope["headers"] if name == b"authorization"]
+        permitted = 401 if ask.key and f"Bearer {ask.key}" not in keys else 200
+        status = permitted if (scope["method"], scope["path"]) == ("GET", "/v1/models") else 418
+        await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
-    def ask(method, path, *body, key=None, app=None):
-        app = app or ask.app
+    def ask(method, path, *body, key=None):
+        return asyncio.run(ask.call(method, path, *body, key=key))
+
+    async def call(method, path, *body, key=None, pause=None):
         messages = [{"type": "http.request", "body": part, "more_body": True} for part in body]
         messages = iter([*messages, {"type": "http.request", "body": b"", "more_body": False}])
         sent = []
 
         async def receive():
+            if pause is not None:
+                await pause()
             return next(messages)
 
         async def send(message):
             sent.append(message)
 
         headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
-        asyncio.run(app({"type": "http", "method": method, "path": path, "headers": headers}, receive, send))
+        await ask.app({"type": "http", "method": method, "path": path, "headers": headers}, receive, send)
         return sent[0]["status"], json.loads(sent[1]["body"])
 
-    ask.module, ask.make = module, lambda: module.AdapterUpload(vllm)
-    ask.app = ask.make()
+    ask.module, ask.call, ask.key, ask.app = module, call, None, module.AdapterUpload(vllm)
     return ask
 
 
@@ -560,17 +766,23 @@ def test_uploads_have_a_limit_and_a_key(uploads, monkeypatch):
     path = "/evolmm/adapters/evolmm-a/adapter_config.json"
     assert uploads("PUT", path, b"12", b"34")[0] == 413
     assert uploads("PUT", path, b"12", b"3")[0] == 200
-    monkeypatch.setenv("VLLM_API_KEY", "secret")
-    guarded = uploads.make()
-    assert [uploads("PUT", path, b"1", key=key, app=guarded)[0] for key in (None, "wrong", "secret")] == [
-        401,
-        401,
-        200,
-    ]
-    assert uploads("GET", "/evolmm/adapters", app=guarded)[0] == 401
-    monkeypatch.setattr("sys.argv", ["vllm", "--api-key", "x"])
-    with pytest.raises(ValueError, match="VLLM_API_KEY"):
-        uploads.make()
+    uploads.key = "secret"  # as vLLM has it, wherever from
+    assert [uploads("PUT", path, b"1", key=key)[0] for key in (None, "wrong", "secret")] == [401, 401, 200]
+    assert uploads("GET", "/evolmm/adapters")[0] == uploads("DELETE", "/evolmm/adapters/evolmm-a")[0] == 401
+
+
+def test_two_processes_upload_an_adapter_at_the_same_time(uploads):
+    path = "/evolmm/adapters/evolmm-a/adapter_config.json"
+
+    async def both():
+        return await asyncio.gather(
+            *(uploads.call("PUT", path, b"{", b"}", pause=lambda: asyncio.sleep(0)) for _ in range(2))
+        )
+
+    answers = asyncio.run(both())
+    assert [status for status, _ in answers] == [200, 200]
+    (file,) = Path(answers[0][1]["folder"]).iterdir()
+    assert file.name == "adapter_config.json" and file.read_bytes() == b"{}"
 
 
 # ----------------------------------------------------------------------------------------------------------------

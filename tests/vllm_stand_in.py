@@ -48,6 +48,10 @@ class VLLMStandIn:
             that returns status and body, or `None` for no answer at all.
         routes (`dict[str, tuple]`):
             Answers that replace those of whole addresses.
+        uploads (`dict[str, dict]` or `None`):
+            The files that were uploaded, by adapter and name, if it takes uploads.
+        paths (`list[str]`):
+            Method and address of all that was asked.
     """
 
     def __init__(self, image_tokens: int = 4):
@@ -59,6 +63,8 @@ class VLLMStandIn:
         self.headers: list[dict] = []
         self.faults: list[Callable] = []
         self.routes: dict[str, tuple[int, dict | str]] = {}
+        self.uploads: dict[str, dict[str, bytes]] | None = None
+        self.paths: list[str] = []
         self.lock = threading.Lock()
         self.port = 0
         self.start()
@@ -70,6 +76,8 @@ class VLLMStandIn:
     def start(self) -> None:
         """Comes up, without adapters."""
         self.adapters.clear()
+        if self.uploads is not None:
+            self.uploads.clear()
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -79,8 +87,15 @@ class VLLMStandIn:
             def do_POST(self):
                 self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
+            def do_PUT(self):
+                self.answer(self.rfile.read(int(self.headers["Content-Length"])))
+
+            def do_DELETE(self):
+                self.answer(None)
+
             def answer(self, body):
                 stand_in.headers.append(dict(self.headers))
+                stand_in.paths.append(f"{self.command} {self.path}")
                 answer = stand_in.routes.get(self.path) or stand_in.respond(self.path, body)
                 if answer is None:
                     return self.connection.close()
@@ -109,7 +124,7 @@ class VLLMStandIn:
         self.server.shutdown()
         self.server.server_close()
 
-    def respond(self, path: str, body: dict | None) -> tuple[int, dict | str] | None:
+    def respond(self, path: str, body: dict | bytes | None) -> tuple[int, dict | str] | None:
         match path:
             case "/health":
                 return 200, ""
@@ -130,6 +145,14 @@ class VLLMStandIn:
                 return 200, "Success"
             case "/inference/v1/generate":
                 return self.generate(body)
+        if self.uploads is not None and path.startswith("/evolmm/adapters"):
+            match path.split("/")[3:]:
+                case [name, file]:
+                    self.uploads.setdefault(name, {})[file] = body
+                    return 200, {"folder": f"/uploads/{name}"}
+                case [name]:
+                    self.uploads.pop(name, None)
+            return 200, {}
         return 404, {"detail": "Not Found"}
 
     def generate(self, body: dict) -> tuple[int, dict] | None:

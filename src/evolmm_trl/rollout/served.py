@@ -133,6 +133,7 @@ class ServedRollouts:
             args.vllm_server_urls,
             self.model.config.image_token_id,
             args.vllm_adapter_dir or Path(args.output_dir) / "vllm_adapters",
+            owner=str(Path(args.output_dir).absolute()),
             start_timeout=args.vllm_server_timeout,
             request_timeout=args.vllm_request_timeout,
         )

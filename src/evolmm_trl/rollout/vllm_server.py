@@ -61,16 +61,18 @@ _MOST_DEATHS = 3
 _POLL, _PROGRESS = 0.5, 10.0
 # Seconds after an error in which a server whose engine has died comes to say so
 _DYING = 1.0
+# Seconds in which a host takes a connection, if it is there
+_CONNECT = 10.0
 # Answers to anything but a generation are short
 _SHORT_ANSWER = 4 * 1024 * 1024
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Where `examples/vllm_adapter_upload.py` takes adapters
 _UPLOADS = "/evolmm/adapters"
-# Put into every adapter folder; only folders that hold it are deleted
+# Put into every adapter folder, with the run it belongs to; only folders that hold it are deleted
 _MARK = ".evolmm_trl_adapter"
 _IMAGES_REMEMBERED = 100_000
-# What a proxy or a busy server says, and not about the request
-_UNAVAILABLE = (429, 502, 503, 504)
+# What a proxy says whose server is gone, and what a server says that may be busy, or gone
+_UNAVAILABLE, _BUSY = (502, 504), (429, 503)
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,11 @@ class VLLMServers:
             The token that stands for the image in a prompt, as often as it has patches.
         adapter_dir (`str` or `Path`):
             Folder for the adapters. Servers read it under the same path, unless they take uploads.
+        owner (`str`, *optional*):
+            The run that the adapters belong to: what a killed run of this name has left in `adapter_dir` is removed at the
+            start. With `None` all clients of `adapter_dir` are one run.
         start_timeout (`float`, *optional*, defaults to `240.0`):
-            Seconds to wait for a server that is starting or has died.
+            Seconds to wait for a server that is starting, has died, or is busy.
         request_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds that one request may take before it is sent again, to another server if there is one.
         max_in_flight (`int`, *optional*, defaults to `64`):
@@ -185,6 +190,7 @@ class VLLMServers:
         image_token_id: int,
         adapter_dir: str | Path,
         *,
+        owner: str | None = None,
         start_timeout: float = 240.0,
         request_timeout: float = 600.0,
         max_in_flight: int = 64,
@@ -197,11 +203,13 @@ class VLLMServers:
         self._servers = [_Server(url) for url in urls]
         self.image_token_id = image_token_id
         self.adapter_dir = Path(adapter_dir).absolute()
+        self._owner = os.fsencode(owner or self.adapter_dir)
         self.start_timeout = start_timeout
         self.request_timeout = request_timeout
         self.adapters: dict[str, ServedAdapter] = {}
         self.swap_seconds: defaultdict[str, list[float]] = defaultdict(list)
         self.faults: Counter[str] = Counter()
+        self._model_id: str | None = None  # known where `start` was called
         self._run = uuid.uuid4().hex[:8]  # two runs may share a server
         self._versions: Counter[str] = Counter()
         self._made: list[ServedAdapter] = []  # by this client, and not yet deleted
@@ -222,9 +230,9 @@ class VLLMServers:
 
     def start(self, model_id: str) -> None:
         """
-        Waits until all servers are up and checks that they can be used: token ids in and out, adapters loaded at run time,
-        the base model. Unloads and deletes what a run that was killed has left in `adapter_dir`. Whether a server takes
-        adapters, and of this rank, is said by the first [`~VLLMServers.swap`].
+        Waits until all servers are up and checks that they can be used: token ids in and out, adapters loaded at run time.
+        Unloads and deletes what this run has left in `adapter_dir` when it was killed. Whether a server takes adapters, and of
+        this rank, is said by the first [`~VLLMServers.swap`], which also warns of another base model.
 
         Args:
             model_id (`str`):
@@ -233,6 +241,7 @@ class VLLMServers:
         Raises:
             `VLLMError`: if a server is not up within `start_timeout`, or lacks something.
         """
+        self._model_id = model_id
         for server in self._servers:
             reason = self._why_not_healthy(server)
             if reason is not None:
@@ -247,14 +256,14 @@ class VLLMServers:
             )
         for server in self._servers:
             try:
-                self._check(server, model_id)
+                self._check(server)
             except _Gone as error:
                 raise VLLMError(f"The vLLM server at {server.url} was up and is gone: {error}.") from error
         self._remove_leftovers()
 
-    def _check(self, server: "_Server", model_id: str) -> None:
+    def _check(self, server: "_Server") -> None:
         """Raises a `VLLMError` if a server does not offer what is needed."""
-        status, text = self._call(server, "POST", "/v1/unload_lora_adapter", {"lora_name": f"{self._run}-none"})
+        status, text = self._ask(server, "POST", "/v1/unload_lora_adapter", {"lora_name": f"{self._run}-none"})
         if status == 404 and not _is_of_vllm(text):
             raise VLLMError(
                 f"The vLLM server at {server.url} loads no adapters at run time ({_shown(text)}). Start it with "
@@ -266,32 +275,26 @@ class VLLMServers:
                 "the training to the server's."
             )
         body = {"model": f"{self._run}-none", "token_ids": [0], "sampling_params": {"max_tokens": 1}}
-        status, text = self._call(server, "POST", _GENERATE, body)
+        status, text = self._ask(server, "POST", _GENERATE, body)
         if status in (403, 404, 405) and not (status == 404 and _is_of_vllm(text)):
             raise VLLMError(
                 f"The vLLM server at {server.url} takes no token ids ({_shown(text)}). Start it with --enable-scale-out, of "
                 "vLLM 0.32 or newer."
             )
-        names = {
-            str(card.get(key)) for card in self._models(server) if not card.get("parent") for key in ("id", "root")
-        }
-        if model_id not in names and not {os.path.realpath(name) for name in names} & {os.path.realpath(model_id)}:
-            logger.warning(
-                "The vLLM server at %s serves %s, and the trained model is %s. If these are not the same weights, the "
-                "log-probs will differ.",
-                server.url,
-                " or ".join(sorted(names)),
-                model_id,
-            )
 
     def _remove_leftovers(self) -> None:
-        """Unloads and deletes the adapters of a run that was killed."""
+        """Unloads and deletes the adapters that this run has left when it was killed."""
         if not self.adapter_dir.is_dir():
             return
         current = {adapter.folder for adapter in self.adapters.values()}
-        for folder in sorted(self.adapter_dir.iterdir()):
-            if str(folder) not in current and _is_ours(folder):
-                self._remove(ServedAdapter(folder.name, str(folder)))
+        folders = [folder for folder in sorted(self.adapter_dir.iterdir()) if str(folder) not in current]
+        self._remove(*(ServedAdapter(folder.name, str(folder)) for folder in folders if self._is_ours(folder)))
+
+    def _is_ours(self, folder: Path) -> bool:
+        try:
+            return not folder.is_symlink() and (folder / _MARK).read_bytes() == self._owner
+        except OSError:  # no adapter, or another run's: gone by now, or not for us to read
+            return False
 
     # ------------------------------------------------------------------------------------------------------------
     # Adapters
@@ -327,7 +330,7 @@ class VLLMServers:
         adapter = ServedAdapter(name, str(self.adapter_dir / name))
         folder = Path(adapter.folder)
         folder.mkdir(parents=True)
-        (folder / _MARK).touch()
+        (folder / _MARK).write_bytes(self._owner)
         self._made.append(adapter)
         save(folder)
         missing = [file for file in _FILES if not (folder / file).is_file()]
@@ -345,7 +348,8 @@ class VLLMServers:
 
     def _on_all(self, action: Callable[["_Server"], None]) -> None:
         """Does something to every server that is up; one that is down gets its adapters when it is back."""
-        while True:
+        for _ in range(_MOST_DEATHS):
+            self._wait_for_any(self._servers)
             with self._changed:
                 up = [server for server in self._servers if server.up]
             for server in up:
@@ -357,51 +361,81 @@ class VLLMServers:
                     up = [other for other in up if other is not server]
             if up:
                 return
-            self._wait_for_any(self._servers)
+        reasons = "; ".join(f"{server.url}: {server.reason}" for server in self._servers)
+        raise VLLMError(
+            f"A swap was tried {_MOST_DEATHS} times, and each time all vLLM servers were gone or broke down. {reasons}."
+        )
 
     def _load(self, server: "_Server", adapter: ServedAdapter) -> None:
         """Loads an adapter into a server that does not have it, and looks once whether its log-probs are what is sampled."""
         with server.loading:
             if adapter.name in server.loaded:
                 return
-            body = {"lora_name": adapter.name, "lora_path": self._place(server, adapter)}
-            status, text = self._call(server, "POST", "/v1/load_lora_adapter", body, self.start_timeout)
-            # A server that was only out of reach has it still, and another process may have been faster
-            if status != 200 and adapter.name not in {card.get("id") for card in self._models(server)}:
-                raise VLLMError(
-                    f"The vLLM server at {server.url} does not load the adapter {adapter.folder}: {_shown(text)}. It must "
-                    "be started with --enable-lora, with a --max-lora-rank of at least the adapter's rank, and be able to "
-                    "read this folder under this path, or take uploads (docs/vllm.md)."
-                )
+            # What another process has made, it has loaded, perhaps from a disk that is not here
+            if adapter in self._made or not self._has(server, adapter):
+                body = {"lora_name": adapter.name, "lora_path": self._place(server, adapter)}
+                status, text = self._ask(server, "POST", "/v1/load_lora_adapter", body, self.start_timeout)
+                # A server that was only out of reach has it still, and another process may have been faster
+                if status != 200 and not self._has(server, adapter):
+                    raise VLLMError(
+                        f"The vLLM server at {server.url} does not load the adapter {adapter.folder}: {_shown(text)}. It "
+                        "must be started with --enable-lora, with a --max-lora-rank of at least the adapter's rank, and be "
+                        "able to read this folder under this path, or take uploads (docs/vllm.md)."
+                    )
             if not server.checked:
+                self._check_model(server)
                 self._check_logps(server, adapter)
                 server.checked = True
             server.loaded.add(adapter.name)
 
+    def _has(self, server: "_Server", adapter: ServedAdapter) -> bool:
+        return adapter.name in {card.get("id") for card in self._models(server)}
+
+    def _takes_uploads(self, server: "_Server") -> bool:
+        if server.takes_uploads is None:
+            status, _ = self._ask(server, "GET", _UPLOADS)
+            server.takes_uploads = status == 200
+        return server.takes_uploads
+
     def _place(self, server: "_Server", adapter: ServedAdapter) -> str:
         """The folder in which a server finds an adapter: this one, or where it puts what is uploaded."""
-        if server.takes_uploads is None:
-            status, _ = self._call(server, "GET", _UPLOADS)
-            server.takes_uploads = status == 200
         folder = adapter.folder
-        if server.takes_uploads:
+        if self._takes_uploads(server):
             for file in _FILES:
-                content = Path(adapter.folder, file).read_bytes()
+                try:
+                    content = Path(adapter.folder, file).read_bytes()
+                except OSError as error:
+                    raise VLLMError(
+                        f"The vLLM server at {server.url} has no adapter {adapter.name}, and this process cannot upload it "
+                        f"({type(error).__name__}: {error}). Training on several hosts needs `vllm_adapter_dir` on a disk "
+                        "that all of them share, so that each can give it to a server that was started anew."
+                    ) from error
                 path = f"{_UPLOADS}/{adapter.name}/{file}"
-                status, text = self._call(server, "PUT", path, content, self.start_timeout)
+                status, text = self._ask(server, "PUT", path, content, self.start_timeout)
                 if status != 200:
                     raise VLLMError(f"The vLLM server at {server.url} does not take {file}: {_shown(text)}.")
                 folder = _json(server, text).get("folder")
         return folder
 
+    def _check_model(self, server: "_Server") -> None:
+        """Warns of a server of another base model, by its name."""
+        cards = [card for card in self._models(server) if not card.get("parent")]
+        names = {str(card.get(key)) for card in cards for key in ("id", "root")}
+        model = self._model_id
+        if model and model not in names and os.path.realpath(model) not in map(os.path.realpath, names):
+            logger.warning(
+                "The vLLM server at %s serves %s, and the trained model is %s. If these are not the same weights, the "
+                "log-probs will differ.",
+                server.url,
+                " or ".join(sorted(names)),
+                model,
+            )
+
     def _check_logps(self, server: "_Server", adapter: ServedAdapter) -> None:
         """Raises a `VLLMError` unless the only token that is allowed has the log-prob 0."""
         sampling = {"max_tokens": 1, "temperature": 1.0, "allowed_token_ids": [0], "logprobs": 0, "ignore_eos": True}
         body = {"model": adapter.name, "token_ids": [0], "sampling_params": sampling}
-        status, text = self._call(server, "POST", _GENERATE, body, self.start_timeout)
-        if status != 200:
-            raise VLLMError(f"The vLLM server at {server.url} answers {status} to a first request: {_shown(text)}.")
-        (completion,) = _completions(server, text, 1)
+        (completion,) = _completions(server, self._generate(server, body, self.start_timeout), 1)
         if abs(completion.logps[0]) > 1e-3:
             raise VLLMError(
                 f"The vLLM server at {server.url} gives the log-prob {completion.logps[0]:.3f} to a token without "
@@ -409,23 +443,26 @@ class VLLMServers:
                 "--logprobs-mode processed_logprobs."
             )
 
-    def _remove(self, adapter: ServedAdapter) -> None:
-        """Unloads an adapter on all servers, then deletes its folder: a server that still knows it may read it again."""
+    def _remove(self, *adapters: ServedAdapter) -> None:
+        """Unloads adapters on all servers, then deletes their folders: a server that still knows one may read it again."""
         for server in self._servers:
-            server.loaded.discard(adapter.name)
-            try:
-                status, text = self._call(server, "POST", "/v1/unload_lora_adapter", {"lora_name": adapter.name})
-            except _Gone:
-                continue  # it comes back without adapters, or with one that nobody asks for
-            if status not in (200, 404):
-                raise VLLMError(f"The vLLM server at {server.url} does not unload {adapter.name}: {_shown(text)}.")
-            if server.takes_uploads:
+            # One that is gone comes back without adapters, or with one that nobody asks for
+            if server.up:
                 with suppress(_Gone):
-                    self._call(server, "DELETE", f"{_UPLOADS}/{adapter.name}")
-        self._made = [made for made in self._made if made != adapter]
-        folder = Path(adapter.folder)
-        if folder.parent == self.adapter_dir and _is_ours(folder):
-            shutil.rmtree(folder)
+                    for adapter in adapters:
+                        self._unload(server, adapter)
+        self._made = [made for made in self._made if made not in adapters]
+        for folder in (Path(adapter.folder) for adapter in adapters):
+            if folder.parent == self.adapter_dir and self._is_ours(folder):
+                shutil.rmtree(folder)
+
+    def _unload(self, server: "_Server", adapter: ServedAdapter) -> None:
+        server.loaded.discard(adapter.name)
+        status, text = self._ask(server, "POST", "/v1/unload_lora_adapter", {"lora_name": adapter.name})
+        if status not in (200, 404):
+            raise VLLMError(f"The vLLM server at {server.url} does not unload {adapter.name}: {_shown(text)}.")
+        if self._takes_uploads(server):
+            self._ask(server, "DELETE", f"{_UPLOADS}/{adapter.name}")
 
     # ------------------------------------------------------------------------------------------------------------
     # Requests
@@ -549,7 +586,10 @@ class VLLMServers:
             self._has_landed(request.role)
 
     def _choose(self, image: bytes, slow: Sequence["_Server"], only: "_Server | None") -> "_Server":
-        """The server of this image; for an image not seen before the one with the fewest requests."""
+        """
+        The server of this image; for an image not seen before the one with the fewest requests, and among equals the one that
+        is the image's by lot: processes know of their own requests alone.
+        """
         candidates = self._servers if only is None else [only]
         while True:
             if self._closing.is_set():
@@ -560,7 +600,7 @@ class VLLMServers:
                 if up:
                     server = self._places.get(image)
                     if server not in up:
-                        server = min(up, key=lambda candidate: candidate.in_flight)
+                        server = min(up, key=lambda s: (s.in_flight, hashlib.blake2b(image + s.url.encode()).digest()))
                     self._places[image] = server
                     self._places.move_to_end(image)
                     if len(self._places) > _IMAGES_REMEMBERED:
@@ -574,22 +614,11 @@ class VLLMServers:
     ) -> list[VLLMCompletion]:
         tokens = len(request.prompt_ids) + request.samples * request.config.max_new_tokens
         limit = _SHORT_ANSWER + 512 * tokens
-        status, text = self._call(server, "POST", _GENERATE, body, self.request_timeout, limit, raise_slow=True)
-        if status == 404 and adapter.name not in {card.get("id") for card in self._models(server)}:
-            # It was started anew between two requests
-            raise _Gone(f"it knows no adapter {adapter.name}")
-        if status in _UNAVAILABLE:
-            raise _Gone(f"status {status}, {_shown(text)}")
-        if status >= 500:
-            self._closing.wait(_DYING)
-            if self._why_not_healthy(server) is not None:
-                raise _Gone(f"status {status}, {_shown(text)}")
-        if status != 200:
-            raise VLLMError(f"The vLLM server at {server.url} answers {status} to a request: {_shown(text)}.")
+        text = self._generate(server, body, self.request_timeout, limit, raise_slow=True)
         answer = _json(server, text)
         self._check_prompt(server, request, answer.get("prompt_token_ids"))
         completions = _completions(server, text, request.samples)
-        ends = _end_tokens(request.config)
+        ends, suppressed = _end_tokens(request.config), set(request.config.suppress_tokens or ())
         for completion in completions:
             length, longest = len(completion.ids), request.config.max_new_tokens
             if length > longest or (length < longest and completion.ids[-1] not in ends):
@@ -598,7 +627,30 @@ class VLLMServers:
                     f"an end token. Its --max-model-len must hold a prompt, here of {len(request.prompt_ids)} tokens, and "
                     "a completion."
                 )
+            if not suppressed.isdisjoint(completion.ids):
+                token = next(token for token in completion.ids if token in suppressed)
+                raise VLLMError(
+                    f"The vLLM server at {server.url} has sampled the token {token}, which the request suppresses: it does not "
+                    "follow `logit_bias`. Use vLLM 0.32 or a newer one that is tested."
+                )
         return completions
+
+    def _generate(
+        self,
+        server: "_Server",
+        body: dict | str,
+        timeout: float,
+        limit: int = _SHORT_ANSWER,
+        raise_slow: bool = False,
+    ) -> str:
+        """The text of the answer to a request for completions by an adapter that was loaded."""
+        status, text = self._ask(server, "POST", _GENERATE, body, timeout, limit, raise_slow)
+        if status == 404:
+            # It was started anew since, and may have been given the adapter again by now
+            raise _Gone(f"status 404, {_shown(text)}")
+        if status != 200:
+            raise VLLMError(f"The vLLM server at {server.url} answers {status} to a request: {_shown(text)}.")
+        return text
 
     def _check_prompt(self, server: "_Server", request: VLLMRequest, read: list[int] | None) -> None:
         expected = list(request.prompt_ids)
@@ -672,11 +724,57 @@ class VLLMServers:
 
     def _models(self, server: "_Server") -> list[dict]:
         """The cards of the base model and of the adapters."""
-        status, text = self._call(server, "GET", "/v1/models")
+        status, text = self._ask(server, "GET", "/v1/models")
         cards = _json(server, text).get("data") if status == 200 else None
         if not isinstance(cards, list) or not all(isinstance(card, dict) for card in cards):
             raise VLLMError(f"The server at {server.url} is no vLLM server: it answers {_shown(text)} to /v1/models.")
         return cards
+
+    def _ask(
+        self,
+        server: "_Server",
+        method: str,
+        path: str,
+        body: dict | str | bytes | None = None,
+        timeout: float = 60.0,
+        limit: int = _SHORT_ANSWER,
+        raise_slow: bool = False,
+    ) -> tuple[int, str]:
+        """As [`VLLMServers._call`], of an answer that is about the request: waits for a busy server, and [`_Gone`] if it dies."""
+        begin, pause = time.monotonic(), _POLL
+        while True:
+            status, text = self._call(server, method, path, body, timeout, limit, raise_slow)
+            is_busy = status in _BUSY
+            if status < 500 and not is_busy:
+                return status, text
+            if not is_busy:
+                self._closing.wait(_DYING)
+            if status in _UNAVAILABLE or self._why_not_healthy(server) is not None:
+                raise _Gone(f"status {status}, {_shown(text)}")
+            if not is_busy:
+                return status, text
+            seconds = time.monotonic() - begin
+            if seconds > self.start_timeout:
+                raise VLLMError(
+                    f"The vLLM server at {server.url} is up, and too busy to answer {path} in {seconds:.0f} s (status {status}, "
+                    f"{_shown(text)}). Add servers, or raise the time to wait for them."
+                )
+            with self._changed:
+                is_news = time.monotonic() >= server.next_busy_line
+                if is_news:
+                    server.next_busy_line = time.monotonic() + _PROGRESS
+            if is_news:
+                logger.warning(
+                    "The vLLM server at %s is busy: waiting for %.0f of %.0f s (status %d, %s)",
+                    server.url,
+                    seconds,
+                    self.start_timeout,
+                    status,
+                    _shown(text),
+                )
+            if self._closing.wait(pause):
+                raise _Gone("closed")
+            pause = min(2 * pause, _PROGRESS)
 
     def _call(
         self,
@@ -690,11 +788,14 @@ class VLLMServers:
     ) -> tuple[int, str]:
         """Status and text of an answer. Without one it raises [`_Gone`], or with `raise_slow` a `TimeoutError` if it is late."""
         end = time.monotonic() + timeout
-        connection = server.connection(timeout)
+        connection = server.connection(min(timeout, _CONNECT))
+        connected = False
         with self._changed:
             server.connections.add(connection)
         try:
             connection.connect()
+            connected = True
+            connection.sock.settimeout(timeout)
             if self._closing.is_set() and path == _GENERATE:
                 raise _Gone("closed")
             connection.request(method, server.path + path, body=_encoded(body), headers=server.headers)
@@ -709,7 +810,9 @@ class VLLMServers:
                     raise TimeoutError
             return answer.status, b"".join(chunks).decode("utf-8", "replace")
         except TimeoutError:
-            if raise_slow and connection.sock is not None:
+            if not connected:
+                raise _Gone(f"no connection in {min(timeout, _CONNECT):.0f} s") from None
+            if raise_slow:
                 raise
             raise _Gone(f"no answer to {path} in {timeout:.0f} s") from None
         except (OSError, http.client.HTTPException) as error:
@@ -736,11 +839,10 @@ class VLLMServers:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
         self._pool.shutdown(wait=True, cancel_futures=True)
-        for adapter in list(self._made):
-            try:
-                self._remove(adapter)
-            except VLLMError as error:
-                logger.warning("%s stays where it is: %s", adapter.folder, error)
+        try:
+            self._remove(*self._made)
+        except VLLMError as error:
+            logger.warning("The adapters in %s stay where they are: %s", self.adapter_dir, error)
 
 
 class _Gone(Exception):
@@ -776,6 +878,7 @@ class _Server:
         self.loaded: set[str] = set()
         self.checked = False
         self.takes_uploads: bool | None = None
+        self.next_busy_line = 0.0
 
 
 def image_url(image: Image.Image) -> str:
@@ -847,10 +950,6 @@ def one_image_token(prompt_ids: Sequence[int], image_token_id: int) -> list[int]
         for i, token in enumerate(prompt_ids)
         if token != image_token_id or i == 0 or prompt_ids[i - 1] != image_token_id
     ]
-
-
-def _is_ours(folder: Path) -> bool:
-    return not folder.is_symlink() and folder.is_dir() and (folder / _MARK).is_file()
 
 
 def _encoded(body: dict | str | bytes | None) -> bytes | None:
