@@ -14,6 +14,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,23 @@ def test_the_papers_recipe_asks_one_question_per_step_and_sees_6000_images(scrip
 def test_the_24gb_recipe_takes_one_answer_at_a_time(script):
     _, args, _ = parse(script, "--config", ROOT / "examples" / "configs" / "qwen2_5_vl_3b_24gb.yaml")
     assert (args.per_device_train_batch_size, args.images_per_process, args.gradient_checkpointing) == (1, 4, True)
+
+
+def test_the_vllm_recipe_asks_the_server_that_its_head_starts(script):
+    path = ROOT / "examples" / "configs" / "qwen2_5_vl_3b_vllm.yaml"
+    _, args, model_args = parse(script, "--config", path)
+    assert args.rollout == "vllm"
+    head = re.sub(r"\\\n#", "", path.read_text().split("\n\n")[0])
+    serve, train = (line.split() for line in head.splitlines() if "CUDA_VISIBLE_DEVICES" in line)
+    options = dict(zip(serve, serve[1:], strict=False))
+    assert options["examples/serve_vllm.sh"] == model_args.model_name_or_path
+    assert args.vllm_server_urls == [f"http://localhost:{options['--port']}"]
+    assert int(options["--max-lora-rank"]) >= model_args.lora_r and options["--dtype"] == model_args.dtype
+    # The other files give the same two commands
+    for other in ("examples/serve_vllm.sh", "accelerate_configs/single_gpu.yaml"):
+        text = " ".join(re.sub(r"\\\n#|#", "", (ROOT / other).read_text()).split())
+        assert " ".join(train[train.index("accelerate") :]) in text
+        assert " ".join(serve[serve.index("bash") :]) in text
 
 
 @pytest.mark.parametrize(
