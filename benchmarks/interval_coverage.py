@@ -48,14 +48,29 @@ CASES = {
     "five seeds, 0.8 points apart": {"runs": 5, "of_run": 0.03},
     "five seeds, 2.6 points apart": {"runs": 5, "of_run": 0.1},
     "one of three seeds, 2.6 points apart": {"runs": 3, "of_run": 0.1, "use_runs": 1},
+    "pooled: three benchmarks": {"runs": 1, "tasks": 3},
+    "pooled: three tasks on the same images": {"runs": 1, "tasks": 3, "same_images": True},
+    "pooled: the same, taken as independent": {"runs": 1, "tasks": 3, "same_images": True, "use_images": False},
+    "pooled: three tasks on the same images, three seeds": {
+        "runs": 3,
+        "of_run": 0.03,
+        "tasks": 3,
+        "same_images": True,
+    },
 }
 
 
 def simulate(
-    rng: np.random.Generator, runs: int, questions: int = 400, per_image: int = 1, of_run: float = 0.0
-) -> tuple[dict[str, np.ndarray], np.ndarray, float]:
+    rng: np.random.Generator,
+    runs: int,
+    questions: int = 400,
+    per_image: int = 1,
+    of_run: float = 0.0,
+    tasks: int = 1,
+    same_images: bool = False,
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray], float]:
     """
-    Answers of two models to the same questions.
+    Answers of two models to the same questions, in one or several tasks.
 
     Args:
         rng (`np.random.Generator`):
@@ -63,33 +78,45 @@ def simulate(
         runs (`int`):
             Training seeds of each model.
         questions (`int`, *optional*, defaults to `400`):
-            How many.
+            How many in each task.
         per_image (`int`, *optional*, defaults to `1`):
-            Questions on an image.
+            A task's questions on an image.
         of_run (`float`, *optional*, defaults to `0.0`):
             Standard deviation of the ability of a model's runs.
+        tasks (`int`, *optional*, defaults to `1`):
+            How many.
+        same_images (`bool`, *optional*, defaults to `False`):
+            Whether all tasks ask the same questions about the same images, each with a prompt of its own.
 
     Returns:
-        `tuple`: by model, right (1) or wrong (0), shape `(runs, questions)`; the question's image, shape `(questions,)`;
-        and the difference that a model's mean over all questions and runs would show.
+        `tuple`: by model and task, right (1) or wrong (0), shape `(runs, questions)`; by task, the question's image, shape
+        `(questions,)`; and the difference that a model's mean over all questions and runs would show.
     """
-    images = np.arange(questions) // per_image
-    of_reading = OF_READING if per_image > 1 else 0.0  # of one question on an image, it is luck
-    ease = rng.normal(0, OF_QUESTION, questions)
+    asked = np.arange(tasks * questions)
+    if same_images:
+        asked %= questions
+    images = asked // per_image
+    of_reading = OF_READING if per_image > 1 or same_images else 0.0  # of one question on an image, it is luck
+    ease = rng.normal(0, OF_QUESTION, len(asked))[asked]
     answers = {}
     for model, ability in ABILITY.items():
-        reading = rng.normal(0, of_reading, questions)[images]
-        luck = rng.normal(0, OF_LUCK, (runs, questions)) + rng.normal(0, of_run, (runs, 1))
-        answers[model] = (ability + ease + reading + luck > 0).astype(float)
+        reading = rng.normal(0, of_reading, len(asked))[images]
+        luck = rng.normal(0, OF_LUCK, (runs, len(asked))) + rng.normal(0, of_run, (runs, 1))
+        answers[model] = _by_task(ability + ease + reading + luck > 0, tasks)
     spread = np.sqrt(OF_QUESTION**2 + of_reading**2 + OF_LUCK**2 + of_run**2)
-    return answers, images, float(ndtr(ABILITY["b"] / spread) - ndtr(ABILITY["a"] / spread))
+    return answers, _by_task(images, tasks), float(ndtr(ABILITY["b"] / spread) - ndtr(ABILITY["a"] / spread))
+
+
+def _by_task(values: np.ndarray, tasks: int) -> dict[str, np.ndarray]:
+    return {f"task {index}": part for index, part in enumerate(np.split(values, tasks, axis=-1))}
 
 
 def coverage(
     simulations: int, *, resamples: int = 1_000, use_images: bool = True, use_runs: int | None = None, **case
 ) -> tuple[float, float]:
     """
-    The share of simulations whose interval holds the true difference, and the mean width of the intervals.
+    The share of simulations whose interval holds the true difference, and the mean width of the intervals. Of several
+    tasks, it is that of their mean.
 
     Args:
         simulations (`int`):
@@ -105,8 +132,8 @@ def coverage(
     held, width = 0, 0.0
     for seed in range(simulations):
         answers, images, truth = simulate(rng, **case)
-        a, b = ({"simulated": answers[model][:use_runs]} for model in "ab")
-        (row,) = compare(a, b, {"simulated": images} if use_images else None, resamples=resamples, seed=seed)
+        a, b = ({task: scores[:use_runs] for task, scores in answers[model].items()} for model in "ab")
+        row = compare(a, b, images if use_images else None, resamples=resamples, seed=seed)[-1]
         held += row.low <= truth <= row.high
         width += row.high - row.low
     return held / simulations, width / simulations
@@ -115,7 +142,7 @@ def coverage(
 def plot(results: dict[str, dict], simulations: int, path: Path):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     axes.axvspan(93, 97, color="C2", alpha=0.2, label="93 to 97 %")
     axes.axvline(95, color="0.4", linewidth=1)

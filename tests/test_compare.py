@@ -33,8 +33,13 @@ SIMULATIONS = 1_000
 
 @pytest.mark.parametrize(
     "case",
-    [{"runs": 1}, {"runs": 1, "per_image": 4}, {"runs": 3, "of_run": 0.03}],
-    ids=["one run", "four questions on an image", "three seeds"],
+    [
+        {"runs": 1},
+        {"runs": 1, "per_image": 4},
+        {"runs": 3, "of_run": 0.03},
+        {"runs": 1, "questions": 200, "tasks": 3, "same_images": True},
+    ],
+    ids=["one run", "four questions on an image", "three seeds", "three tasks on the same images"],
 )
 def test_interval_holds_the_true_difference_in_93_to_97_percent_of_1000_simulations(case):
     assert 0.93 <= coverage(SIMULATIONS, **case)[0] <= 0.97
@@ -86,6 +91,45 @@ def test_pooled_rows_weigh_questions_or_benchmarks_alike():
     assert rows[MEAN_OF_BENCHMARKS].difference == pytest.approx(25 / 100)
     assert (rows[ALL_QUESTIONS].only_a, rows[ALL_QUESTIONS].only_b) == (0, 5)
     assert rows[MEAN_OF_BENCHMARKS].p_value is None
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+def test_a_benchmark_that_is_asked_three_times_is_no_more_evidence_than_asked_once(runs):
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(0, 2, (runs, 300)) for _ in range(2))
+    tasks = ("x", "y", "z")
+    rows = compare(*(dict.fromkeys(tasks, side) for side in (a, b)), dict.fromkeys(tasks, range(300)))
+    width = rows[0].high - rows[0].low
+    for pooled in rows[3:]:
+        assert (pooled.questions, pooled.images, pooled.p_value) == (900, 300, None)
+        assert pooled.high - pooled.low == pytest.approx(width, rel=0.05)
+    apart = compare(*(dict.fromkeys(tasks, side) for side in (a, b)))[3]
+    assert apart.high - apart.low < 0.7 * width and (apart.p_value is not None) == (runs == 1)
+
+
+def test_benchmarks_that_share_some_images_are_drawn_together_where_they_do():
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(0, 2, 400) for _ in range(2))
+    images = {"x": range(400), "y": range(200, 600)}
+    # The answers to `y` about the images of `x` are those to `x`
+    other_a, other_b = (np.concatenate([side[200:], rng.integers(0, 2, 200)]) for side in (a, b))
+    rows = {row.name: row for row in compare({"x": a, "y": other_a}, {"x": b, "y": other_b}, images)}
+    (alone,) = compare({"x": a}, {"x": b})
+    assert rows["x"].high - rows["x"].low == pytest.approx(alone.high - alone.low, rel=0.05)
+    pooled = rows[ALL_QUESTIONS]
+    assert (pooled.images, pooled.p_value) == (600, None)
+    # A third of the images counts double: 200 * 1 + 200 * 2**2 + 200 * 1 instead of 800
+    error = np.std(b - a) * (1_200**0.5) / 800
+    assert pooled.high - pooled.low == pytest.approx(2 * 1.96 * error, rel=0.07)
+
+
+def test_benchmarks_on_the_same_images_count_as_one_in_the_mean():
+    a = dict.fromkeys(("x", "y", "z", "other"), right(0, 40))
+    b = a | {"other": right(20, 40)}
+    images = dict.fromkeys(("x", "y", "z"), range(40)) | {"other": range(100, 140)}
+    assert compare(a, b, images)[-1].difference == pytest.approx(0.5 / 2)
+    assert compare(a, b, images | {"z": range(1, 41)})[-1].difference == pytest.approx(0.5 / 3)
+    assert compare(a, b)[-1].difference == pytest.approx(0.5 / 4)
 
 
 def test_mcnemar_is_exact():
@@ -207,6 +251,33 @@ def test_logs_of_lmms_eval_alone_are_read(tmp_path, capsys):
     folders = [write_log(tmp_path / name, right(n, 40), own={}) for name, n in (("a", 10), ("b", 20))]
     assert run(*folders) == 0
     assert "| charts | 40 | 25.00 | 50.00 | +25.00" in capsys.readouterr().out
+
+
+def test_logs_that_do_not_say_which_images_were_seen_are_named(base, tmp_path, capsys):
+    assert run(base, write_log(tmp_path / "other", right(30, 40))) == 0
+    assert capsys.readouterr().err == ""
+    folders = [write_log(tmp_path / name, right(n, 40), own={}) for name, n in (("a", 10), ("b", 20))]
+    assert run(*folders) == 0
+    assert "the logs of charts do not say which images were seen" in capsys.readouterr().err
+
+
+def test_images_are_known_in_all_tasks_and_questions_without_one_are_alone(tmp_path):
+    for task in ("charts", "plots"):
+        write_log(tmp_path / task, right(3, 6), task=task, evolmm={"score": 1.0, "images": []})
+    charts, plots = (log.images for _, log in sorted(read_evaluation(tmp_path).items()))
+    assert [one == other for one, other in zip(charts, plots, strict=True)] == [True, False, True, True, True, True]
+
+
+def test_a_folder_with_an_equals_sign_in_its_name_is_a_folder(base, tmp_path, monkeypatch, capsys):
+    for rate in ("1e-3", "1e-4"):
+        write_log(tmp_path / f"eval/lr={rate}", right(30, 40))
+    monkeypatch.chdir(tmp_path)
+    assert run("base", "eval/lr=1e-3", "eval/lr=1e-3,eval/lr=1e-4", "solver=eval/lr=1e-3") == 0
+    printed = capsys.readouterr().out
+    for name in ("eval/lr=1e-3", "eval/lr=1e-3,eval/lr=1e-4", "solver"):
+        assert f"| base | {name} | difference" in printed
+    assert run("base", "eval/lr=1e-5") == 1
+    assert "There is no evaluation in '1e-5'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@
 """`evolmm compare`."""
 
 import argparse
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -55,6 +56,12 @@ def _run(arguments: argparse.Namespace) -> int:
     tasks = sorted(next(iter(runs.values())))
     logs = {task: [run[task] for run in runs.values()] for task in tasks}
     images = {task: next((log.images for log in logs[task] if log.images), None) for task in tasks}
+    if unknown := [task for task, of_task in images.items() if of_task is None]:
+        print(
+            f"evolmm: the logs of {', '.join(unknown)} do not say which images were seen. Where questions share an image "
+            "their intervals, and the pooled ones, are too narrow.",
+            file=sys.stderr,
+        )
     scores = {name: stack([runs[path] for path in paths], tasks) for name, paths in sides.items()}
     (name_a, a), *others = scores.items()
     comparisons = {name: compare(a, b, images) for name, b in others}
@@ -69,8 +76,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _side(text: str) -> tuple[str, list[str]]:
-    name, equals, paths = text.rpartition("=")
+    name, equals, paths = text.partition("=")
+    if not equals or all(Path(path).exists() for path in text.split(",")):  # folders such as eval/lr=1e-3
+        name = paths = text
     runs = [path for path in paths.split(",") if path]
     if not runs or len(set(runs)) != len(runs):
         raise UsageError(f"{text!r} names no evaluation, or one twice; expected [NAME=]FOLDER[,FOLDER...].")
-    return (name if equals else paths), runs
+    return name, runs

@@ -17,8 +17,10 @@
 Pure functions of arrays, so that they can be checked against simulations and used on any scores.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import scipy.stats
@@ -28,6 +30,7 @@ from tqdm import tqdm
 ALL_QUESTIONS = "all questions"
 MEAN_OF_BENCHMARKS = "mean of benchmarks"
 _LEVEL = 0.95
+_DRAWN_AT_ONCE = 1_000_000  # images, of several resamples together: what fits a processor's cache best
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Difference:
         name (`str`):
             The benchmark, or how it was pooled.
         questions (`int`), images (`int`):
-            How many; questions about one image are drawn together.
+            How many; questions about one image are drawn together, in all benchmarks that have it.
         a (`float`), b (`float`):
             Mean scores, over questions and runs.
         low (`float`), high (`float`):
@@ -71,7 +74,7 @@ class Difference:
 def compare(
     a: Mapping[str, np.ndarray],
     b: Mapping[str, np.ndarray],
-    images: Mapping[str, Sequence] | None = None,
+    images: Mapping[str, Sequence[Hashable] | None] | None = None,
     *,
     resamples: int = 10_000,
     seed: int = 0,
@@ -79,9 +82,10 @@ def compare(
     """
     Compares the scores of B with those of A on the same questions.
 
-    The interval is the percentile interval of a paired bootstrap over images: an image is drawn with all its questions and
-    with the scores of both sides, so that what the two have in common cancels out and questions about one image do not
-    count as independent. Benchmarks are fixed: each is drawn from alone.
+    The interval is the percentile interval of a paired bootstrap over images: an image is drawn with all its questions, of
+    all benchmarks, and with the scores of both sides, so that what the two have in common cancels out and questions about
+    one image do not count as independent. A draw moves a difference by how far the scores of the drawn images' questions
+    are from it, summed and divided by the number of questions.
 
     With several runs of a side, such as training seeds, a question's score is the mean of its runs, and each draw is moved
     by Student's t times the standard error that the runs cause beyond the luck of single questions: a two-way analysis of
@@ -91,9 +95,9 @@ def compare(
     Args:
         a (`Mapping[str, np.ndarray]`), b (`Mapping[str, np.ndarray]`):
             By benchmark, scores from 0 to 1 of shape `(runs, questions)`, or `(questions,)` for one run.
-        images (`Mapping[str, Sequence]`, *optional*):
-            By benchmark, each question's image, as anything that can be compared, of shape `(questions,)`. Benchmarks
-            that are not in it have an image per question.
+        images (`Mapping[str, Sequence[Hashable] | None]`, *optional*):
+            By benchmark, each question's image, of shape `(questions,)`. Equal ones are one image, in different benchmarks
+            too. Benchmarks with `None`, or that are not in it, have an image per question.
         resamples (`int`, *optional*, defaults to `10000`):
             Draws of the bootstrap.
         seed (`int`, *optional*, defaults to `0`):
@@ -101,26 +105,27 @@ def compare(
 
     Returns:
         `list[Difference]`: one per benchmark, then, of more than one, `ALL_QUESTIONS`, where every question counts the
-        same, and `MEAN_OF_BENCHMARKS`, where every benchmark does.
+        same, and `MEAN_OF_BENCHMARKS`, where every benchmark does; those with exactly the same images count as one.
 
     Raises:
         `ValueError`: if there are no benchmarks, or they, their questions or their images are not those of the other side.
     """
     if not a or list(a) != list(b):
         raise ValueError(f"Expected scores of the same benchmarks in the same order; got {list(a)} and {list(b)}.")
-    rng = np.random.default_rng(seed)
-    parts = [
-        _Part.of(name, a[name], b[name], (images or {}).get(name), resamples, rng)
-        for name in tqdm(a, unit="benchmark", leave=False, disable=None)  # on a terminal
-    ]
+    known: dict[Hashable, int] = {}
+    parts = [_Part.of(name, a[name], b[name], (images or {}).get(name), known) for name in a]
     if len({(part.a.shape[0], part.b.shape[0]) for part in parts}) > 1:
         raise ValueError("Expected every run on every benchmark; got different numbers of runs.")
-    rows = [_pool(part.name, [part], [1.0], rng) for part in parts]
+    rng = np.random.default_rng(seed)
+    shares = np.stack([part.by_image(part.gain - part.gain.mean(), len(known)) for part in parts])
+    draws = _draw(shares, resamples, rng)
+    rows = [(part.name, np.eye(len(parts))[index]) for index, part in enumerate(parts)]
     if len(parts) > 1:
-        total = sum(part.questions for part in parts)
-        rows.append(_pool(ALL_QUESTIONS, parts, [part.questions / total for part in parts], rng))
-        rows.append(_pool(MEAN_OF_BENCHMARKS, parts, [1 / len(parts)] * len(parts), rng))
-    return rows
+        questions = np.array([part.questions for part in parts])
+        alike = Counter(part.images for part in parts)
+        rows.append((ALL_QUESTIONS, questions / questions.sum()))
+        rows.append((MEAN_OF_BENCHMARKS, np.array([1 / len(alike) / alike[part.images] for part in parts])))
+    return [_row(name, parts, weights, weights @ draws, len(known), rng) for name, weights in rows]
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
@@ -142,21 +147,29 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
 
 @dataclass(frozen=True)
 class _Part:
-    """One benchmark: scores of both sides, shape `(runs, questions)`, and draws of the difference of their means."""
+    """One benchmark: scores of both sides, shape `(runs, questions)`, and each question's image, as an index."""
 
     name: str
     a: np.ndarray
     b: np.ndarray
-    clusters: np.ndarray  # of each question, an index below `images`
-    images: int
-    draws: np.ndarray
+    image_of: np.ndarray
 
     @property
     def questions(self) -> int:
         return self.a.shape[1]
 
+    @cached_property
+    def images(self) -> frozenset[int]:
+        return frozenset(self.image_of.tolist())
+
+    @property
+    def gain(self) -> np.ndarray:
+        """How far B is ahead, by question."""
+        return self.b.mean(0) - self.a.mean(0)
+
     @classmethod
-    def of(cls, name: str, a, b, images, resamples: int, rng: np.random.Generator) -> "_Part":
+    def of(cls, name: str, a, b, images: Sequence[Hashable] | None, known: dict[Hashable, int]) -> "_Part":
+        """Checks the scores of one benchmark, and numbers its images after those that are `known`, to which it adds."""
         a, b = (np.atleast_2d(np.asarray(scores, dtype=float)) for scores in (a, b))
         questions = a.shape[1]
         if b.shape[1] != questions or (images is not None and len(images) != questions):
@@ -164,30 +177,37 @@ class _Part:
             raise ValueError(f"{name}: expected as many scores of B and images as scores of A; got {counts}.")
         if not all(np.isfinite(scores).all() and (0 <= scores).all() and (scores <= 1).all() for scores in (a, b)):
             raise ValueError(f"{name}: expected scores from 0 to 1.")
-        if images is None:
-            clusters = np.arange(questions)
-        else:
-            clusters = np.unique(np.asarray(images), return_inverse=True)[1].ravel()
-        count = int(clusters.max()) + 1 if questions else 0
-        if count < 2:
-            raise ValueError(f"{name}: an interval needs questions about at least two images; got {count}.")
-        sums = np.bincount(clusters, b.mean(0) - a.mean(0), count)
-        sizes = np.bincount(clusters, minlength=count)
-        drawn = scipy.stats.bootstrap(
-            (sums, sizes),
-            lambda sums, sizes, axis: sums.sum(axis) / sizes.sum(axis),
-            paired=True,
-            vectorized=True,
-            n_resamples=resamples,
-            batch=max(1, 4_000_000 // count),
-            method="percentile",
-            rng=rng,
-        )
-        return cls(name, a, b, clusters, count, drawn.bootstrap_distribution)
+        alone = [(name, question) for question in range(questions)]  # an image per question
+        labels = alone if images is None else images
+        part = cls(name, a, b, np.array([known.setdefault(label, len(known)) for label in labels], dtype=int))
+        if len(part.images) < 2:
+            raise ValueError(f"{name}: an interval needs questions about at least two images; got {len(part.images)}.")
+        return part
+
+    def by_image(self, values: np.ndarray, images: int) -> np.ndarray:
+        """What each of all `images` adds to the mean of `values` of shape `(..., questions)`: shape `(..., images)`."""
+        sums = [np.bincount(self.image_of, row, images) for row in values.reshape(-1, self.questions)]
+        return np.reshape(sums, (*values.shape[:-1], images)) / self.questions
 
 
-def _pool(name: str, parts: list[_Part], weights: Sequence[float], rng: np.random.Generator) -> Difference:
-    draws = sum(weight * part.draws for weight, part in zip(weights, parts, strict=True))
+def _draw(shares: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Sums of `shares` of shape `(benchmarks, images)` over images drawn with replacement: `(benchmarks, resamples)`."""
+    images = shares.shape[1]
+    at_once = max(1, _DRAWN_AT_ONCE // images)
+    sums = []
+    for start in tqdm(range(0, resamples, at_once), unit="draws", leave=False, disable=None):  # on a terminal
+        count = min(at_once, resamples - start)
+        drawn = rng.integers(images, size=(count, images)) + images * np.arange(count)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=count * images).reshape(count, images)
+        sums.append(shares @ times.T.astype(float))
+    return np.concatenate(sums, axis=1)
+
+
+def _row(
+    name: str, parts: list[_Part], weights: np.ndarray, moves: np.ndarray, images: int, rng: np.random.Generator
+) -> Difference:
+    """The mean of benchmarks by `weights`; `moves` are how far the draws are from its difference."""
+    parts, weights = zip(*((part, weight) for part, weight in zip(parts, weights, strict=True) if weight), strict=True)
     means, variance, totals, freedom = [], 0.0, [], []
     for side in ("a", "b"):
         scores = [getattr(part, side) for part in parts]
@@ -195,32 +215,36 @@ def _pool(name: str, parts: list[_Part], weights: Sequence[float], rng: np.rando
         means.append(float(of_runs.mean()))
         runs = len(of_runs)
         if runs > 1:
-            by_question = sum(
-                weight**2 * _variance_by_question(one, part)
-                for weight, one, part in zip(weights, scores, parts, strict=True)
-            )
-            variance += (of_runs.var(ddof=1) - by_question) / runs
+            variance += (of_runs.var(ddof=1) - _variance_by_image(scores, parts, weights, images)) / runs
             totals.append(of_runs.var(ddof=1) / runs)
             freedom.append(runs - 1)
+    draws = means[1] - means[0] + moves
     if variance > 0:
         # Welch and Satterthwaite's degrees of freedom
         degrees = sum(totals) ** 2 / sum(total**2 / n for total, n in zip(totals, freedom, strict=True))
         draws = draws + np.sqrt(variance) * rng.standard_t(degrees, len(draws))
     low, high = np.quantile(draws, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     a, b = (np.concatenate([getattr(part, side)[0] for part in parts]) for side in ("a", "b"))
+    different = frozenset().union(*(part.images for part in parts))
     tested = name != MEAN_OF_BENCHMARKS and all(len(part.a) == len(part.b) == 1 for part in parts)
+    # Answers to two benchmarks about one image are no independent evidence
+    tested = tested and len(different) == sum(len(part.images) for part in parts)
     tested = tested and np.isin(a, [0, 1]).all() and np.isin(b, [0, 1]).all()
     only_a, only_b, p_value = mcnemar(a, b) if tested else (None, None, None)
-    questions, images = (sum(getattr(part, field) for part in parts) for field in ("questions", "images"))
-    return Difference(name, questions, images, *means, float(low), float(high), only_a, only_b, p_value)
+    questions = sum(part.questions for part in parts)
+    return Difference(name, questions, len(different), *means, float(low), float(high), only_a, only_b, p_value)
 
 
-def _variance_by_question(scores: np.ndarray, part: _Part) -> float:
+def _variance_by_image(
+    scores: Sequence[np.ndarray], parts: Sequence[_Part], weights: Sequence[float], images: int
+) -> float:
     """How far the means of runs would vary if runs differed in luck with single images alone."""
-    runs, questions = scores.shape
-    residuals = scores - scores.mean(1, keepdims=True) - scores.mean(0) + scores.mean()
-    sums = np.stack([np.bincount(part.clusters, row, part.images) for row in residuals])
-    return float((sums**2).sum() / (runs - 1) / questions**2 * part.images / (part.images - 1))
+    shares = 0.0
+    for one, part, weight in zip(scores, parts, weights, strict=True):
+        residuals = one - one.mean(1, keepdims=True) - one.mean(0) + one.mean()
+        correction = len(part.images) / (len(part.images) - 1)
+        shares = shares + weight * np.sqrt(correction) * part.by_image(residuals, images)
+    return float((shares**2).sum() / (len(scores[0]) - 1))
 
 
 def table(rows: Sequence[Difference], name_a: str, name_b: str) -> str:

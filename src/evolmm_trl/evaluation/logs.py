@@ -56,7 +56,7 @@ class TaskLog:
         if any("images" not in question for question in self.questions):
             return None
         # A question without an image is alone
-        return [" ".join(question["images"]) or f"question {question['doc_id']}" for question in self.questions]
+        return [" ".join(question["images"]) or f"{self.path}, {question['doc_id']}" for question in self.questions]
 
 
 def read_evaluation(path: str | Path) -> dict[str, TaskLog]:
