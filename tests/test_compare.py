@@ -293,7 +293,11 @@ def test_a_folder_with_an_equals_sign_in_its_name_is_a_folder(base, tmp_path, mo
         ({"own": {"settings": {"prompt": "{question}", "dtype": "bfloat16"}}}, "`evolmm.prompt`: None in"),
         ({"own": {"settings": {"prompt": None, "dtype": "float16"}}}, "`evolmm.dtype`: 'bfloat16' in"),
         ({"task": "ai2d"}, "different benchmarks"),
-        ({"own": {"judge_errors": 3}}, "the judge failed 3 times"),
+        (
+            {"own": {"settings": {"prompt": None, "dtype": "bfloat16", "image_size": {"longest_edge": 9}}}},
+            "`evolmm.image_size`: None in",
+        ),
+        ({"own": {"errors": 3}}, "lmms-eval logged 3 errors"),
         ({"evolmm": {"score": None, "images": ["image 0"]}}, "`accuracy` of sample 1 holds no score"),
     ],
 )

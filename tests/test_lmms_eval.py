@@ -16,6 +16,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -52,6 +53,7 @@ BENCHMARKS = "chartqa,mathvista_testmini,mathvision_testmini,mathverse_testmini,
 
 # Tasks whose score of a sample is not simply there, and questions with two images or none
 OTHER_UTILS = """
+from lmms_eval.verifiers.openai import OpenAIVerifier
 from loguru import logger
 
 
@@ -78,6 +80,11 @@ def longest(results):
 def judge(doc, results):
     logger.error("The judge is out.")
     return {"accuracy": 0.0}
+
+
+def verifier(doc, results):
+    verifier = OpenAIVerifier(api_type="dummy", custom_prompt="{no such field}")
+    return {"accuracy": verifier.verify("?", results[0], doc["answer"]).score}
 """
 
 
@@ -98,6 +105,8 @@ def tasks(tmp_path_factory):
         "two_images": {"utils.image": "other.two"},
         "no_image": {"utils.image": "other.none"},
         "mmvet_charts": {"utils.score": "other.judge"},
+        "judged": {"utils.score": "other.judge"},
+        "verified": {"utils.score": "other.verifier"},
     }.items():
         text = yaml.replace("task: charts", f"task: {name}")
         for old, new in changes.items():
@@ -223,16 +232,19 @@ def test_tasks_of_other_shapes(base, tasks, tmp_path, caplog):
     assert [len(one["evolmm"]["images"]) for one in samples(tmp_path / "out", "no_image")] == [0] * 8
 
 
-def test_a_judge_that_fails_is_not_taken_for_wrong_answers(tasks, tmp_path, monkeypatch, capsys):
-    arguments = (MODEL, ["mmvet_charts"], tmp_path / "out")
+def test_a_judge_without_its_key_is_not_asked(tasks, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ValueError, match="mmvet_charts: answers are judged .* OPENAI_API_KEY is not set"):
-        evaluate(*arguments, include_path=tasks)
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
-    with pytest.raises(ValueError, match="2 errors, the first: The judge is out"):
-        evaluate(*arguments, include_path=tasks, limit=2)
+        evaluate(MODEL, ["mmvet_charts"], tmp_path / "out", include_path=tasks)
+
+
+# lmms-eval's tasks log by loguru, its verifiers by `logging`
+@pytest.mark.parametrize(("task", "error"), [("judged", "The judge is out"), ("verified", "OpenAI judge failed")])
+def test_a_judge_that_fails_is_not_taken_for_wrong_answers_whatever_the_task(tasks, tmp_path, capsys, task, error):
+    with pytest.raises(ValueError, match=f"2 errors, the first: .{error}"):
+        evaluate(MODEL, [task], tmp_path / "out", include_path=tasks, limit=2)
     assert main(["compare", f"a={tmp_path / 'out'}", f"b={tmp_path / 'out'}"]) == 1
-    assert "the judge failed 2 times" in capsys.readouterr().err
+    assert "lmms-eval logged 2 errors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -263,10 +275,21 @@ def test_a_folder_with_an_evaluation_is_not_written_to(base):
 
 def test_limits_of_pixels_reach_the_processor():
     lm = EvoLMM(MODEL, min_pixels=3_136, max_pixels=12_544)
-    assert (lm.processor.image_processor.size["shortest_edge"], lm.settings["max_pixels"]) == (3_136, 12_544)
+    assert lm.settings["image_size"] == {"shortest_edge": 3_136, "longest_edge": 12_544}
     lm.processor.image_processor.size = {"height": 1, "width": 1}
     with pytest.raises(ValueError, match="has no `max_pixels`"):
         _check_pixels(lm.processor, None, 12_544)
+
+
+def test_a_checkpoint_that_scales_images_otherwise_is_not_compared(base, tasks, tmp_path, capsys):
+    merged = tmp_path / "merged"
+    shutil.copytree(MODEL, merged)
+    saved = json.loads((merged / "processor_config.json").read_text())
+    saved["image_processor"]["size"]["longest_edge"] = 12_544
+    (merged / "processor_config.json").write_text(json.dumps(saved))
+    evaluate(str(merged), ["charts"], tmp_path / "out", include_path=tasks, prompt=PROMPTS, batch_size=8)
+    assert main(["compare", str(base[0]), str(tmp_path / "out")]) == 1
+    assert "`evolmm.image_size.longest_edge`: 7056 in" in capsys.readouterr().err
 
 
 def test_the_task_asks_in_its_own_words_unless_the_solvers_prompt_is_wanted(tmp_path):

@@ -23,20 +23,21 @@ import math
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
+from textwrap import shorten
 
 from .logs import check_written, main_metric, read_score
 
 
 logger = logging.getLogger(__name__)
 
-# Tasks that ask a model behind an API whether an answer is right; the beginnings of their names
-_JUDGED = ("mathvista", "mathverse", "mmvet")
+# Well-known tasks that ask a model behind an API whether an answer is right; the beginnings of their names
+_JUDGED = ("mathvista", "mathvision_reason", "mathverse", "mmvet")
 _JUDGE_KEYS = {"openai": "OPENAI_API_KEY", "azure": "AZURE_API_KEY"}
 _JUDGE_THREADS = 8
 
@@ -76,13 +77,13 @@ def evaluate(
         task whose score is no mean; on the main process.
 
     Raises:
-        `ValueError`: if lmms-eval, a task or a judge is missing, or `output_dir` holds an evaluation.
+        `ValueError`: if lmms-eval, a task or a judge is missing, `output_dir` holds an evaluation, or an error was logged,
+            which is how lmms-eval's tasks tell that they could not score an answer and count it as wrong.
     """
     output_dir = Path(output_dir)
     _check(tasks, output_dir)
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
-    from loguru import logger as lmms_eval_logger
 
     manager = TaskManager("WARNING", include_path=include_path, model_name="evolmm")
     _check_names(tasks, manager.all_tasks)
@@ -92,10 +93,8 @@ def evaluate(
     from .lmms_eval_model import EvoLMM
 
     lm, arguments = EvoLMM(model, **kwargs), {"pretrained": model, **kwargs}
-    errors: list[str] = []
-    sink = lmms_eval_logger.add(lambda message: errors.append(str(message)), level="ERROR", format="{message}")
     judged = any(task.startswith(_JUDGED) for task in tasks)
-    try:
+    with _logged_errors() as errors:
         # Tasks print while they aggregate
         with redirect_stdout(sys.stderr):
             results = simple_evaluate(
@@ -110,8 +109,6 @@ def evaluate(
                 process_docs_parallel=_JUDGE_THREADS if judged else 1,
                 cli_args=Namespace(output_path=str(output_dir), process_with_media=False),
             )
-    finally:
-        lmms_eval_logger.remove(sink)
     records = dict(gather_object(list(lm.records.items())))
     errors = gather_object(errors)
     if results is None:
@@ -123,13 +120,13 @@ def evaluate(
         "settings": lm.settings,
         "processes": lm.world_size,
         "versions": {name: version(name) for name in ("evolmm-trl", "lmms-eval", "torch", "transformers", "peft")},
-        "judge_errors": len(errors) if judged else 0,
+        "errors": len(errors),
     }
     scores = _write(results, records, output_dir, model)
-    if judged and errors:
+    if errors:
         raise ValueError(
-            f"lmms-eval logged {len(errors)} errors, the first: {errors[0].strip()} What a judge did not judge counts as "
-            f"wrong, so these scores are not to be used. Run these tasks again."
+            f"lmms-eval logged {len(errors)} errors, the first: {shorten(errors[0], 500)!r}. An answer that a task cannot "
+            "score counts as wrong, so these scores are not to be used. Remove the cause and run these tasks again."
         )
     return scores
 
@@ -157,6 +154,23 @@ def _check_names(tasks: Sequence[str], known: Sequence[str]) -> None:
         near = {name for task in unknown for name in difflib.get_close_matches(task, known, 3)}
         hint = f" Did you mean {' or '.join(sorted(near))}?" if near else ""
         raise ValueError(f"lmms-eval has no task {', '.join(unknown)}.{hint} `lmms-eval --tasks list` lists them.")
+
+
+@contextmanager
+def _logged_errors() -> Iterator[list[str]]:
+    """Collects what is logged as an error, by loguru as most of lmms-eval does, or by `logging` as its verifiers do."""
+    from loguru import logger as lmms_eval_logger
+
+    errors: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: errors.append(record.getMessage())
+    sink = lmms_eval_logger.add(lambda message: errors.append(str(message)), level="ERROR", format="{message}")
+    logging.getLogger().addHandler(handler)
+    try:
+        yield errors
+    finally:
+        logging.getLogger().removeHandler(handler)
+        lmms_eval_logger.remove(sink)
 
 
 def _write(

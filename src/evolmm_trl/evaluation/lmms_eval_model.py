@@ -109,8 +109,7 @@ class EvoLMM(lmms):
             "prompt": None if self.prompts is None else self.prompts.solver,
             "system": None if self.prompts is None else self.prompts.system,
             "max_new_tokens": max_new_tokens,
-            "min_pixels": min_pixels,
-            "max_pixels": max_pixels,
+            "image_size": _image_size(self.processor),
             "dtype": str(self._model.dtype).removeprefix("torch."),
         }
         self._warned = False
@@ -213,15 +212,20 @@ def _read_prompts(prompt: str, trained: str) -> RolePrompts | None:
     return RolePrompts.from_dict(json.loads(Path(prompt).read_text(encoding="utf-8")))
 
 
+def _image_size(processor) -> dict[str, int]:
+    """What images are scaled to, whether the checkpoint or an argument says so."""
+    return dict(getattr(processor.image_processor, "size", None) or {})
+
+
 def _check_pixels(processor, min_pixels: int | None, max_pixels: int | None):
-    size = getattr(processor.image_processor, "size", None) or {}
+    size = _image_size(processor)
     for name, edge, wanted in (
         ("min_pixels", "shortest_edge", min_pixels),
         ("max_pixels", "longest_edge", max_pixels),
     ):
         if wanted is not None and size.get(edge) != wanted:
             raise ValueError(
-                f"{type(processor.image_processor).__name__} has no `{name}`: its images have the size {dict(size)}. Leave "
+                f"{type(processor.image_processor).__name__} has no `{name}`: its images have the size {size}. Leave "
                 f"`{name}` out."
             )
 

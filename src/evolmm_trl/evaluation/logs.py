@@ -142,10 +142,10 @@ def _read_samples(file: Path, results: dict, task: str) -> tuple[Path, list[dict
 def _read_task(file: Path, results: dict, task: str, config: dict) -> TaskLog:
     path, samples = _read_samples(file, results, task)
     own = results.get("evolmm", {})
-    if own.get("judge_errors"):
+    if own.get("errors"):
         raise ValueError(
-            f"{file} says that the judge failed {own['judge_errors']} times, and what it did not judge counts as wrong. "
-            "Run the evaluation again."
+            f"{file} says that lmms-eval logged {own['errors']} errors, and an answer that a task cannot score counts as "
+            "wrong. Run the evaluation again."
         )
     metric = main_metric(config)
     settings = {
