@@ -14,6 +14,7 @@
 
 
 import inspect
+import json
 from dataclasses import fields
 
 import pytest
@@ -267,6 +268,14 @@ def test_prompts_are_a_json_object_on_the_command_line():
     assert parsed.role_prompts == RolePrompts(system="Be brief.", solver="Q: {question}")
 
 
+def test_a_guard_is_an_action_or_a_json_object_on_the_command_line():
+    assert parse("--collapse_guard", "stop").collapse_guard == "stop"
+    given = {"action": "rewind", "max_kl": 0.3, "min_entropy": None, "window": 7}
+    assert parse("--collapse_guard", json.dumps(given)).collapse_guard == given
+    with pytest.raises(ValueError, match="collapse_guard holds 'max_kll'.*expected of action, .*max_kl"):
+        parse("--collapse_guard", '{"max_kll": 0.3}')
+
+
 def test_an_agreement_band_is_two_numbers_on_the_command_line():
     parsed = parse("--agreement_band", "0.3", "0.9", "--seed", "7")
     assert list(parsed.agreement_band) == [0.3, 0.9]
@@ -299,10 +308,11 @@ def test_a_yaml_file_configures_a_run_and_the_command_line_goes_before_it(tmp_pa
     path = write_yaml(
         tmp_path,
         "num_generations: 8\nlearning_rate: 1e-5\nagreement_band: [0.3, 0.9]\nlength_cap: null\nextra_votes: 2\n"
-        "train_proposer: false\nprompts:\n  system: Be brief.\n",
+        "train_proposer: false\nprompts:\n  system: Be brief.\ncollapse_guard: {action: rewind, max_kl: 0.3}\n",
     )
     parsed = parse("--config", path, "--extra_votes", "3")
     assert (parsed.num_generations, parsed.learning_rate, parsed.extra_votes) == (8, 1e-5, 3)
+    assert parsed.collapse_guard == {"action": "rewind", "max_kl": 0.3}
     assert (parsed.agreement_band, parsed.length_cap, parsed.train_proposer) == ([0.3, 0.9], None, False)
     assert parsed.role_prompts == RolePrompts(system="Be brief.")
 

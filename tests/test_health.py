@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evolmm_trl import vote
-from evolmm_trl.health import QUESTION_KINDS, RunHealth, cluster_shares, question_kind, self_bleu
+from evolmm_trl.health import QUESTION_KINDS, RunHealth, cluster_shares, question_kind, run, self_bleu
 from evolmm_trl.health import questions as health_questions
 from evolmm_trl.health.run import RECENT_QUESTIONS
 from evolmm_trl.rewards import blind_share, penalised_proposer_reward
@@ -151,6 +151,16 @@ def test_self_bleu_looks_back_over_steps():
     health = RunHealth()
     assert health.observe(records(VALUES[:1]))["question_self_bleu"] == 0.0
     assert health.observe(records(VALUES[1:2]))["question_self_bleu"] > 0.5
+
+
+def test_the_self_bleu_of_a_large_step_is_that_of_eight_questions_from_all_over_it(monkeypatch):
+    judged = []
+    monkeypatch.setattr(run, "self_bleu", lambda questions, others: judged.append((questions, [*others])) or 0.0)
+    health = RunHealth()
+    health.observe(records([str(i) for i in range(64)]))
+    health.observe(records([str(i) for i in range(100, 103)]))
+    assert judged[0] == (["0", "8", "16", "24", "32", "40", "48", "56"], [])
+    assert judged[1] == (["100", "101", "102"], [str(i) for i in range(64)])
 
 
 def test_answer_length_is_compared_with_the_first_ten_rollouts():

@@ -147,7 +147,7 @@ def test_without_a_penalty_the_kl_is_that_which_a_penalty_would_have_seen(base, 
 def test_the_log_and_the_rollouts_hold_what_health_is_read_from(base, tmp_path):
     trainer = train(base, tmp_path, max_steps=5)
     names = ("distinct_questions", "novel_questions", "question_self_bleu", "answer_tokens", "answer_length_drift")
-    for name in (*names, "question_kinds/what"):
+    for name in (*names, "question_kinds/what", "time/health"):
         assert len(logged(trainer, name)) == 4  # of the solver's steps
     records = rollouts(tmp_path)
     assert all(record["question_kind"] == "what" for record in records)

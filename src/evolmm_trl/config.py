@@ -13,11 +13,13 @@
 # limitations under the License.
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
+from .health.guard import CollapseGuard
 from .prompts import RolePrompts
 
 
@@ -126,8 +128,9 @@ class EvoLMMConfig(GRPOConfig):
         proposer_beta (`float`, *optional*), proposer_kl_target (`float`, *optional*):
             The proposer's own `beta` and `kl_target`. `None`: the same as the solver's. The paper holds the proposer more
             loosely than the solver.
-        collapse_guard (`str`, *optional*):
-            `"stop"` or `"rewind"`: adds a [`CollapseGuard`] with this action and its default thresholds.
+        collapse_guard (`str` or `dict`, *optional*):
+            Adds a [`CollapseGuard`]: its arguments, such as `{"action": "rewind", "max_kl": 0.3}`, or `"stop"` or `"rewind"`
+            for that action and the default thresholds. On the command line, a JSON object or the action.
         collect_preferences (`bool`, *optional*, defaults to `False`):
             Write the solver's disagreements to `output_dir/preferences.jsonl`, as pairs for [`SRDPOTrainer`]: an answer of
             the majority and one that differs.
@@ -140,7 +143,7 @@ class EvoLMMConfig(GRPOConfig):
             none. What is in `_report` is not pushed to the Hub.
     """
 
-    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["prompts"]
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["prompts", "collapse_guard"]
 
     # Defaults that differ from GRPOConfig
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate for AdamW."})
@@ -310,11 +313,10 @@ class EvoLMMConfig(GRPOConfig):
     )
 
     # Health
-    collapse_guard: str | None = field(
+    collapse_guard: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "End a run that collapses: 'stop', or 'rewind' to the best checkpoint.",
-            "choices": ["stop", "rewind"],
+            "help": "End a run that collapses: 'stop', 'rewind' to the best checkpoint, or the arguments of CollapseGuard."
         },
     )
 
@@ -400,7 +402,6 @@ class EvoLMMConfig(GRPOConfig):
             ("reward", ("continuous", "discrete")),
             ("baseline", ("ema", "group")),
             ("adapters", ("separate", "shared")),
-            ("collapse_guard", (None, "stop", "rewind")),
             ("rollout", ("transformers", "vllm")),
         ):
             if getattr(self, name) not in allowed:
@@ -467,6 +468,8 @@ class EvoLMMConfig(GRPOConfig):
                 f'prompts={self.prompts!r}; expected a JSON object, such as \'{{"system": "Be brief."}}\'.'
             )
         RolePrompts.from_dict(self.prompts)  # fails here rather than at the first rollout
+        if self.collapse_guard is not None:
+            CollapseGuard.from_config(self.collapse_guard)  # the same
 
     def _check_vllm(self) -> None:
         """What cannot be had from a server."""

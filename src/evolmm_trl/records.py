@@ -51,7 +51,9 @@ class RolloutRecords:
     def _record(self, rollouts: list[Rollout], rows: list[dict]) -> None:
         """Logs the rollouts of all processes, to the rollout log, the metrics and TRL's completion tables."""
         records = gather_object([rollout.record(self.state.global_step + 1) for rollout in rollouts])
-        for name, value in {**rollout_metrics(records), **self.health.observe(records)}.items():
+        with self._timed("health"):
+            metrics = {**rollout_metrics(records), **self.health.observe(records)}
+        for name, value in metrics.items():
             self._log_train(name, value)
         if self.args.early_votes:
             self._log_train("votes", sum(len(record["answers"]) for record in records) / len(records))

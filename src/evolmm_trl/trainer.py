@@ -240,6 +240,7 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
             args.role_prompts.proposer_messages(), tokenize=False, **(args.chat_template_kwargs or {})
         )
 
+        guard = [] if args.collapse_guard is None else [CollapseGuard.from_config(args.collapse_guard)]
         # TRL sets it to 0 for a stream, whose rows it repeats. Here a worker reads whole rollouts, see `RolloutStream`
         workers, args.dataloader_num_workers = args.dataloader_num_workers, 0
         super().__init__(
@@ -250,7 +251,7 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), *([CollapseGuard(args.collapse_guard)] if args.collapse_guard else [])],
+            callbacks=[*(callbacks or []), *guard],
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=lora_configs[SOLVER] if lora_configs else None,

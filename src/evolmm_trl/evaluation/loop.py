@@ -62,8 +62,8 @@ class LabelledEvaluation:
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """
-        Accuracy of the solver on labelled questions: greedy, sampled (mean over N), and of the majority of N; with the
-        agreement, entropy and unreadable share of the sampled answers.
+        Accuracy of the solver on labelled questions: greedy (with its standard error), sampled (mean over N), and of the
+        majority of N; with the agreement, entropy and unreadable share of the sampled answers.
         """
         self.model.eval()  # and stays so: GRPOTrainer's log tells the metrics of evaluation from those of training by it
         n = self.num_generations_eval
@@ -89,6 +89,8 @@ class LabelledEvaluation:
         if not scores:
             raise ValueError("`eval_dataset` has no rows; leave it out or add labelled questions.")
         metrics = Scores.mean(scores)
+        accuracy = metrics["accuracy_greedy"]
+        metrics["accuracy_greedy_stderr"] = (accuracy * (1 - accuracy) / len(scores)) ** 0.5
         warning = Scores.vote_warning(scores, n) if self.state.global_step == 0 else None
         if warning is not None and self.accelerator.is_main_process:
             logger.warning(warning)

@@ -14,15 +14,19 @@
 
 """A callback that ends a run which collapses, and says why."""
 
+import inspect
+import json
 import logging
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..state import complete_checkpoints
 
@@ -38,8 +42,11 @@ class Alarm:
     Args:
         condition (`str`):
             `"non_finite"`, `"entropy"`, `"distinct_questions"`, `"blind_solved"`, `"kl"` or `"accuracy"`.
-        first_step (`int`), step (`int`):
-            The optimizer steps that were judged, the last being that of the alarm.
+        first_step (`int`):
+            The first optimizer step that the judged values cover: weights from before it are from before the trouble. For
+            `"accuracy"` the step after the best evaluation.
+        step (`int`):
+            The optimizer step of the alarm.
         reason (`str`):
             The numbers.
     """
@@ -61,15 +68,23 @@ class _Bound:
     above: bool
     meaning: str
 
-    def crossed(self, mean: float) -> bool:
-        return mean > self.threshold if self.above else mean < self.threshold
+    def crossed(self, value: float) -> bool:
+        return value > self.threshold if self.above else value < self.threshold
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    step: int
+    accuracy: float
+    agreement: float
+    standard_error: float
 
 
 class CollapseGuard(TrainerCallback):
     """
     Ends a run that collapses: the reward of self-evolution is agreement, which can rise while the model gets worse.
 
-    It judges what the trainer logs. A condition must hold for the mean over the last `window` logged values of a metric, and
+    It judges what the trainer logs. A condition must hold for the median of the last `window` logged values of a metric, and
     at `patience` of them in a row; only a loss or gradient that is not finite ends a run at once, since no weight survives
     it (with `fp16`, whose scaler skips such steps, it must persist for `patience` rows). A value is the mean over
     `logging_steps` steps: with `logging_steps=1` every step is judged.
@@ -87,12 +102,12 @@ class CollapseGuard(TrainerCallback):
     Args:
         action (`str`, *optional*, defaults to `"stop"`):
             `"stop"`: training ends with the weights as they are. `"rewind"`: training ends, and both roles are loaded from
-            the best checkpoint: with labelled questions that of the highest accuracy, without them the last one from
-            before the judged steps.
+            the best of this run's checkpoints from before the trouble ([`Alarm`]`.first_step`): with labelled questions that
+            of the highest accuracy, without them the last.
         window (`int`, *optional*, defaults to `5`):
-            Logged values whose mean is judged.
+            Logged values whose median is judged. From 3 on, no single value ends a run.
         patience (`int`, *optional*, defaults to `3`):
-            Times in a row that a mean must be out of bounds.
+            Times in a row that a median must be out of bounds.
         min_entropy (`float` or `None`, *optional*, defaults to `0.02`):
             Smallest `answer_entropy`, in nats. `None` switches a condition off, here and below.
         min_distinct_questions (`float` or `None`, *optional*, defaults to `0.2`):
@@ -103,9 +118,10 @@ class CollapseGuard(TrainerCallback):
         max_kl (`float` or `None`, *optional*, defaults to `0.15`):
             Largest KL of either role to the frozen base, in nats per completion token.
         max_accuracy_drop (`float` or `None`, *optional*, defaults to `0.02`):
-            How far accuracy on `eval_dataset` may fall below the best evaluation so far while agreement there rises.
-        evaluation_patience (`int`, *optional*, defaults to `2`):
-            Evaluations in a row at which it must have.
+            How far accuracy on `eval_dataset` may fall below the best evaluation so far while agreement there rises. A fall
+            of less than two standard errors of the accuracy is never an alarm.
+        evaluation_patience (`int`, *optional*, defaults to `3`):
+            Evaluations in a row at which it must have fallen farther.
         accuracy (`str`, *optional*, defaults to `"eval_accuracy_greedy"`):
             The accuracy. With a `dict` of evaluation datasets it is `"eval_<name>_accuracy_greedy"`.
 
@@ -125,19 +141,29 @@ class CollapseGuard(TrainerCallback):
         max_blind_solved: float | None = 0.7,
         max_kl: float | None = 0.15,
         max_accuracy_drop: float | None = 0.02,
-        evaluation_patience: int = 2,
+        evaluation_patience: int = 3,
         accuracy: str = "eval_accuracy_greedy",
     ):
         if action not in ("stop", "rewind"):
             raise ValueError(f"action={action!r}; expected 'stop' or 'rewind'.")
         for name, value in (("window", window), ("patience", patience), ("evaluation_patience", evaluation_patience)):
-            if value < 1:
-                raise ValueError(f"{name}={value}; expected 1 or more.")
-        if not (accuracy.startswith("eval_") and "accuracy_" in accuracy):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}; expected a whole number, 1 or more.")
+        for name, value in (
+            ("min_entropy", min_entropy),
+            ("min_distinct_questions", min_distinct_questions),
+            ("max_blind_solved", max_blind_solved),
+            ("max_kl", max_kl),
+            ("max_accuracy_drop", max_accuracy_drop),
+        ):
+            if value is not None and not isinstance(value, (int, float)):
+                raise ValueError(f"{name}={value!r}; expected a number, or None to switch the condition off.")
+        if not isinstance(accuracy, str) or not (accuracy.startswith("eval_") and "accuracy_" in accuracy):
             raise ValueError(f"accuracy={accuracy!r}; expected the name of a logged accuracy, 'eval_accuracy_greedy'.")
         self.action = action
         self.window = window
         self.patience = patience
+        self.max_kl = max_kl
         self.max_accuracy_drop = max_accuracy_drop
         self.evaluation_patience = evaluation_patience
         self.accuracy = accuracy
@@ -168,14 +194,44 @@ class CollapseGuard(TrainerCallback):
         self._bounds = [bound for bound in bounds if bound.threshold is not None]
         self._start()
 
+    @classmethod
+    def from_config(cls, options: "str | dict") -> "CollapseGuard":
+        """
+        The guard that `EvoLMMConfig.collapse_guard` stands for.
+
+        Args:
+            options (`str` or `dict`):
+                The `action`, or the arguments of a guard.
+
+        Raises:
+            `ValueError`: if they are not those of a guard.
+        """
+        if isinstance(options, str):
+            if options not in ("stop", "rewind"):
+                raise ValueError(
+                    f"collapse_guard={options!r}; expected 'stop', 'rewind', or the arguments of CollapseGuard, such as "
+                    "{'action': 'rewind', 'max_kl': 0.3} (on the command line as JSON)."
+                )
+            return cls(options)
+        known = list(inspect.signature(CollapseGuard).parameters)
+        unknown = sorted(set(options) - set(known)) if isinstance(options, dict) else [options]
+        if unknown:
+            raise ValueError(
+                f"collapse_guard holds {', '.join(map(repr, unknown))}, which CollapseGuard does not know; expected of "
+                f"{', '.join(known)}."
+            )
+        return cls(**options)
+
     def _start(self) -> None:
         self.alarm: Alarm | None = None
         self._non_finite_patience = 1
         self._non_finite = 0
+        self._last_finite = 0  # step of the last row of finite numbers
+        self._last: defaultdict[str, int] = defaultdict(int)  # step of the last row that had a metric
         self._values: defaultdict[str, deque[tuple[int, float]]] = defaultdict(
             lambda: deque(maxlen=self.window + self.patience - 1)
-        )
-        self._evaluations: list[tuple[int, float, float]] = []  # step, accuracy, agreement
+        )  # the first step that a value covers, and the value
+        self._evaluations: list[_Evaluation] = []
 
     def first_alarm(self, log_history: Iterable[dict]) -> Alarm | None:
         """
@@ -213,10 +269,14 @@ class CollapseGuard(TrainerCallback):
         if not given:
             return None
         bad = [name for name, value in given.items() if not math.isfinite(value)]
-        self._non_finite = self._non_finite + 1 if bad else 0
+        if not bad:
+            self._non_finite, self._last_finite = 0, step
+            return None
+        self._non_finite += 1
         if self._non_finite < self._non_finite_patience:
             return None
-        return Alarm("non_finite", step, step, f"{bad[0]} was {given[bad[0]]} at step {step}")
+        first = self._last_finite + 1
+        return Alarm("non_finite", first, step, f"{bad[0]} was {given[bad[0]]} (steps {first} to {step})")
 
     def _out_of_bounds(self, row: dict, step: int) -> Alarm | None:
         for bound in self._bounds:
@@ -224,41 +284,47 @@ class CollapseGuard(TrainerCallback):
             if value is None or not math.isfinite(value):
                 continue
             values = self._values[bound.metric]
-            values.append((step, value))
+            values.append((self._last[bound.metric] + 1, value))
+            self._last[bound.metric] = step
             if len(values) < values.maxlen:
                 continue
             numbers = [number for _, number in values]
-            means = [fmean(numbers[i : i + self.window]) for i in range(self.patience)]
-            if all(bound.crossed(mean) for mean in means):
-                side = "above" if bound.above else "below"
+            medians = [median(numbers[i : i + self.window]) for i in range(self.patience)]
+            if all(bound.crossed(value) for value in medians):
+                first, side = values[0][0], "above" if bound.above else "below"
                 return Alarm(
                     bound.condition,
-                    values[0][0],
+                    first,
                     step,
-                    f"{bound.meaning}: {bound.metric} was {means[-1]:.3g} on average over the last {self.window} logged "
-                    f"values, {side} {bound.option}={bound.threshold:g} for {self.patience} of them in a row (steps "
-                    f"{values[0][0]} to {step})",
+                    f"{bound.meaning}: the median of {bound.metric} over the last {self.window} logged values was "
+                    f"{medians[-1]:.3g}, {side} {bound.option}={bound.threshold:g} for {self.patience} of them in a row "
+                    f"(steps {first} to {step})",
                 )
         return None
 
     def _accuracy_lost(self, row: dict, step: int) -> Alarm | None:
         if self.max_accuracy_drop is None or self.accuracy not in row or self.agreement not in row:
             return None
-        self._evaluations.append((step, row[self.accuracy], row[self.agreement]))
-        last = self._evaluations[-self.evaluation_patience :]
+        # A log without standard errors is judged by `max_accuracy_drop` alone
+        error = row.get(f"{self.accuracy}_stderr", 0.0)
+        self._evaluations.append(_Evaluation(step, row[self.accuracy], row[self.agreement], error))
         earlier = self._evaluations[: -self.evaluation_patience]
         if not earlier:
             return None
-        best_step, best, agreement = max(earlier, key=lambda evaluation: evaluation[1])
-        if any(best - now <= self.max_accuracy_drop or agreed <= agreement for _, now, agreed in last):
-            return None
+        best = max(earlier, key=lambda evaluation: evaluation.accuracy)
+        last = self._evaluations[-self.evaluation_patience :]
+        most = [max(self.max_accuracy_drop, 2 * now.standard_error) for now in last]
+        for now, allowed in zip(last, most, strict=True):
+            if best.accuracy - now.accuracy <= allowed or now.agreement <= best.agreement:
+                return None
         return Alarm(
             "accuracy",
-            best_step,
+            best.step + 1,
             step,
-            f"the answers agree on what is wrong: {self.accuracy} fell from {best:.3f} at step {best_step} to {row[self.accuracy]:.3f}, "
-            f"by more than max_accuracy_drop={self.max_accuracy_drop:g} at {self.evaluation_patience} evaluations in a row, "
-            f"while {self.agreement} rose from {agreement:.3f} to {row[self.agreement]:.3f}",
+            f"the answers agree on what is wrong: {self.accuracy} fell from {best.accuracy:.3f} at step {best.step} to "
+            f"{last[-1].accuracy:.3f}, by more than max_accuracy_drop={self.max_accuracy_drop:g} and two standard errors "
+            f"({2 * last[-1].standard_error:.3f}) at {self.evaluation_patience} evaluations in a row, while "
+            f"{self.agreement} rose from {best.agreement:.3f} to {last[-1].agreement:.3f}",
         )
 
     # ------------------------------------------------------------------------------------------------------------
@@ -271,6 +337,18 @@ class CollapseGuard(TrainerCallback):
             raise ValueError(
                 "action='rewind' needs checkpoints to go back to, but save_strategy='no'. Set save_strategy."
             )
+        if state.is_world_process_zero and self.max_kl is not None and args.adaptive_kl and args.beta > 0:
+            for name in ("kl_target", "proposer_kl_target"):
+                target = getattr(args, name)
+                if target is not None and target >= self.max_kl:
+                    logger.warning(
+                        "CollapseGuard ends the run at a KL above max_kl=%g, and %s=%g lets it come there. Raise max_kl, or "
+                        "lower %s.",
+                        self.max_kl,
+                        name,
+                        target,
+                        name,
+                    )
         self._start()
         if args.fp16:
             self._non_finite_patience = self.patience
@@ -287,7 +365,11 @@ class CollapseGuard(TrainerCallback):
         checkpoint = None
         if self.action == "rewind":
             control.should_evaluate = control.should_save = False
-            checkpoint = self._best_checkpoint(args.output_dir)
+            # One process decides: what is measured on a clock differs in the logs of the others
+            found = [
+                self._best_checkpoint(args.output_dir, state.log_history) if state.is_world_process_zero else None
+            ]
+            (checkpoint,) = broadcast_object_list(found)
             if checkpoint is not None:
                 # The trainer loads it when training ends, as it does with `load_best_model_at_end`
                 args.load_best_model_at_end = True
@@ -295,28 +377,44 @@ class CollapseGuard(TrainerCallback):
         if state.is_world_process_zero:
             logger.warning(self._message(checkpoint))
 
-    def _best_checkpoint(self, output_dir: str) -> Path | None:
+    def _best_checkpoint(self, output_dir: str, log_history: list[dict]) -> Path | None:
+        """The best checkpoint of this run from before the trouble."""
         saved = {int(path.name.split("-")[1]): path for path in complete_checkpoints(output_dir)}
+        saved = {
+            step: path
+            for step, path in saved.items()
+            if step < self.alarm.first_step and _is_of_run(path, log_history)
+        }
         measured = {}
         for step in saved:
-            before = [accuracy for at, accuracy, _ in self._evaluations if at <= step]
+            before = [evaluation.accuracy for evaluation in self._evaluations if evaluation.step <= step]
             if before:
                 measured[step] = before[-1]
         if measured:
             return saved[max(measured, key=lambda step: (measured[step], -step))]
-        sound = [step for step in saved if step < self.alarm.first_step]
-        return saved[max(sound)] if sound else None
+        return saved[max(saved)] if saved else None
 
     def _message(self, checkpoint: Path | None) -> str:
         message = f"CollapseGuard ended the run at step {self.alarm.step}: {self.alarm.reason}."
         if self.action == "stop":
-            return f"{message} The weights are those of this step; checkpoints from before step {self.alarm.first_step} are sound."
+            return (
+                f"{message} The weights are those of this step; those of a checkpoint from before step "
+                f"{self.alarm.first_step} are from before the trouble."
+            )
         if checkpoint is None:
             return (
-                f"{message} No checkpoint was saved before step {self.alarm.first_step}, so the weights are those of this "
-                "step. Save more often."
+                f"{message} This run has no checkpoint with a logged step from before step {self.alarm.first_step}, so the "
+                "weights are those of this step. Save more often."
             )
         return (
             f"{message} Both roles are loaded from {checkpoint}. To go on from there, resume from it with a lower "
             "learning_rate or a higher beta."
         )
+
+
+def _is_of_run(checkpoint: Path, log_history: list[dict]) -> bool:
+    """Whether the log in a checkpoint is the beginning of this one: an earlier run may have left its own in the folder."""
+    saved = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["log_history"]
+    # As text, in which a number that is not finite equals itself
+    saved, own = (json.dumps(rows, sort_keys=True) for rows in (saved, log_history[: len(saved)]))
+    return saved == own != "[]"

@@ -28,6 +28,8 @@ from .questions import QUESTION_KINDS, question_kind, self_bleu
 
 # Questions among which different ones, and those solved blind, are counted, whatever the images per step
 RECENT_QUESTIONS = 64
+# Questions of a step whose likeness to others is measured: BLEU takes milliseconds a pair
+_MOST_JUDGED = 8
 # As few as a share is given of
 _FEWEST_BLIND = 8
 # Rollouts whose mean answer length later ones are compared with
@@ -55,15 +57,17 @@ class RunHealth:
 
         Returns:
             `dict[str, float]`: of the last 64 questions of the run, the share of different ones (`distinct_questions`); of
-            the step's, the share that was never asked before in the run (`novel_questions`), their Self-BLEU with those 64
-            (`question_self_bleu`) and the share of each kind (`question_kinds/...`); the mean length of the answers in
-            tokens, and as a multiple of that of the run's first 10 rollouts (`answer_tokens`, `answer_length_drift`). Of the
-            last 64 questions that were also asked without the image, once there are 8, the share whose majority was
-            then the same (`blind_solved`).
+            the step's, the share that was never asked before in the run (`novel_questions`) and the share of each kind
+            (`question_kinds/...`); of 8 of the step's, evenly spread over it, the Self-BLEU, each with the other 7 and the
+            64 before the step as references (`question_self_bleu`); the mean length of the answers in tokens, and as a
+            multiple of that of the run's first 10 rollouts (`answer_tokens`, `answer_length_drift`). Of the last 64
+            questions that were also asked without the image, once there are 8, the share whose majority was then the
+            same (`blind_solved`).
         """
         questions = [record["question"] for record in records]
-        others = list(self._recent)
-        metrics = {"question_self_bleu": self_bleu(questions[:RECENT_QUESTIONS], others[-RECENT_QUESTIONS:])}
+        judged = min(_MOST_JUDGED, len(questions))
+        sample = [questions[i * len(questions) // judged] for i in range(judged)]
+        metrics = {"question_self_bleu": self_bleu(sample, self._recent)}
         new = {_digest(question) for question in questions} - self._asked
         self._asked |= new
         self._recent.extend(questions)
