@@ -29,8 +29,10 @@ import re
 import shutil
 import tempfile
 import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 import torch
 from charts import (
@@ -53,6 +55,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from evolmm_trl import CollapseGuard, EvoLMMTrainer, load_images
 from evolmm_trl.health import cluster_shares
+from evolmm_trl.health.guard import Alarm
 from evolmm_trl.prompts import Question
 
 
@@ -67,6 +70,8 @@ LOGGED = (
     "agreement",
     "answer_entropy",
     "unanimous",
+    "unreadable",
+    "malformed_questions",
     "distinct_questions",
     "novel_questions",
     "question_self_bleu",
@@ -74,8 +79,10 @@ LOGGED = (
     "blind_solved",
     "solver/kl",
     "proposer/kl",
+    "solver/grad_norm",
     "answer_length_drift",
     "eval_accuracy_greedy",
+    "eval_accuracy_greedy_stderr",
     "eval_agreement",
 )
 
@@ -110,19 +117,12 @@ _SMALL = {"per_device_train_batch_size": 20, "blind_questions": 2, "max_completi
 _HABIT = {"max_steps": 20, "per_device_train_batch_size": 80, "blind_questions": 8}
 # name: what it is, base, trainer, seeds, changes to the demo's settings
 ARMS = {
-    "collapse": (
-        "collapse: KL off, learning rate 1e-3",
+    "collapse_on": (
+        "collapse: KL off, learning rate 1e-3, not stopped",
         "room",
         EvoLMMTrainer,
-        range(10, 15),
-        {"beta": 0.0, "learning_rate": 1e-3, "max_steps": 300},
-    ),
-    "collapse_late": (
-        "the same, with `max_kl=0.5`",
-        "room",
-        EvoLMMTrainer,
-        (4,),
-        {"beta": 0.0, "learning_rate": 1e-3, "max_steps": 300},
+        range(20, 25),
+        {"beta": 0.0, "learning_rate": 1e-3, "max_steps": 400},
     ),
     "collapse_agreed": (
         "collapse on base `noisy`, with 200 labelled questions",
@@ -153,10 +153,15 @@ ARMS = {
     "guesses": ("no penalty", "taught", EvoLMMTrainer, range(3), {"max_steps": 60}),
     "guesses_less": ("`blind_weight=1`", "taught", EvoLMMTrainer, range(3), {"max_steps": 60, "blind_weight": 1.0}),
 }
-GUARDED = ("collapse", "collapse_late", "collapse_agreed", "healthy", "template", "needs_no_image")
+GUARDED = ("collapse_agreed", "healthy", "template", "needs_no_image")
+# Those whose runs are to be left alone if they improve
+SOUND = ("healthy", "repeats", "repeats_less", "guesses", "guesses_less")
 # Steps between two measurements of accuracy, which the guard knows nothing of
-MEASURED_EVERY = {"collapse": 25, "collapse_late": 25, "collapse_agreed": 5, "healthy": 100}
-QUESTIONS = {"collapse": 500}  # of the others 300
+MEASURED_EVERY = {"collapse_on": 10, "collapse_agreed": 5, "healthy": 100}
+QUESTIONS = {"collapse_on": 500}  # of the others 300
+LABELLED = 200  # questions that the guard of `collapse_agreed` is given
+# Points of accuracy, a fall by which a collapse is to be seen before
+FALL = 3
 
 
 class Lessons(WarmStartData):
@@ -240,11 +245,11 @@ def run_one(arm: str, seed: int, images: Path, taught: Path) -> dict:
     _, base, trainer_class, _, changes = ARMS[arm]
     model, processor = load_model(taught if base == "taught" else HERE / "models" / base)
     folder = Path(tempfile.mkdtemp(prefix="evolmm-health-"))
-    guard = CollapseGuard(**({"max_kl": 0.5} if arm == "collapse_late" else {}))
+    guard = CollapseGuard()
     accuracy = Accuracy(processor, MEASURED_EVERY.get(arm), QUESTIONS.get(arm, 300))
     labelled = None
     if arm == "collapse_agreed":
-        labelled = Dataset.from_list(labelled_questions(VAL_SEEDS[:200]))
+        labelled = Dataset.from_list(labelled_questions(VAL_SEEDS[:LABELLED]))
     trainer = trainer_class(
         model=model,
         args=demo_config(folder, seed=seed, **{**_SMALL, **changes}),
@@ -340,83 +345,168 @@ def _last(result: dict, name: str, rows: int = 20) -> float:
     return fmean([row[name] for row in result["log"] if name in row][-rows:])
 
 
-def _extremes(results: list[dict], name: str, window: int = 5) -> tuple[float, float]:
-    """Smallest and largest mean over a window, of all runs: what the guard judges."""
-    means = []
-    for result in results:
-        values = [row[name] for row in result["log"] if name in row]
-        means += [fmean(values[i : i + window]) for i in range(len(values) - window + 1)]
-    return min(means), max(means)
-
-
-def _guard_rows(results: list[dict], arms: tuple[str, ...]) -> list[str]:
-    rows = [
-        "| run | seed | ended at step | condition | accuracy at the start | best | at the end | end minus best, points |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for arm in arms:
-        for result in _of(results, arm):
-            scores = [score for _, score in result["accuracy"]]
-            condition = result["alarm"]["condition"] if result["alarm"] else "none"
-            rows.append(
-                f"| {ARMS[arm][0]} | {result['seed']} | {result['steps']} | {condition} | {scores[0]:.3f} | {max(scores):.3f} | "
-                f"{scores[-1]:.3f} | {_points(scores[-1] - max(scores))} |"
-            )
-    return rows
+def first_alarm(result: dict) -> Alarm | None:
+    """Where the guard with its default thresholds ends a run, by its log."""
+    rows = []
+    for row in result["log"]:
+        if "eval_accuracy_greedy" in row:  # some logs lack its standard error
+            accuracy = row["eval_accuracy_greedy"]
+            row = {"eval_accuracy_greedy_stderr": (accuracy * (1 - accuracy) / LABELLED) ** 0.5, **row}
+        rows.append(row)
+    return CollapseGuard().first_alarm(rows)
 
 
 def _of(results: list[dict], arm: str) -> list[dict]:
     return sorted((r for r in results if r["arm"] == arm), key=lambda r: r["seed"])
 
 
+def _improved(results: list[dict]) -> list[dict]:
+    """The runs of the arms that are to be left alone and that gained accuracy."""
+    runs = [result for arm in SOUND for result in _of(results, arm)]
+    return [r for r in runs if r["accuracy"][-1][1] > r["accuracy"][0][1]]
+
+
+def _name(arm: str) -> str:
+    what, base = ARMS[arm][:2]
+    if arm not in SOUND or arm == "healthy":
+        return what
+    return f"{'base `room`' if base == 'room' else 'taught base'}, {what}"
+
+
+def _listed(values) -> str:
+    return ", ".join(map(str, values)) or "-"
+
+
+def _conditions(alarms: list[Alarm]) -> str:
+    return _listed(f"{name} ({count})" for name, count in sorted(Counter(a.condition for a in alarms).items()))
+
+
+@dataclass(frozen=True)
+class _Collapse:
+    """Accuracy of a run that went on, beside the guard's first alarm on its log."""
+
+    alarm: Alarm | None
+    start: float
+    best: float  # measured up to the alarm
+    then: float  # the last measured up to the alarm
+    end: float
+
+    @property
+    def in_time(self) -> bool:
+        return self.alarm is not None and self.best - self.then < FALL / 100
+
+
+def _collapse(result: dict) -> _Collapse:
+    alarm, scores = first_alarm(result), result["accuracy"]
+    before = [score for step, score in scores if alarm is None or step <= alarm.step]
+    return _Collapse(alarm, scores[0][1], max(before), before[-1], scores[-1][1])
+
+
+def _collapse_rows(results: list[dict]) -> list[str]:
+    rows = [
+        "| seed | first alarm at step | condition | accuracy at the start | best up to the alarm | at the alarm | alarm minus best, "
+        "points | at the end of the run, which went on | end minus best, points |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in _of(results, "collapse_on"):
+        run = _collapse(result)
+        step, condition = (run.alarm.step, run.alarm.condition) if run.alarm else ("-", "none")
+        rows.append(
+            f"| {result['seed']} | {step} | {condition} | {run.start:.3f} | {run.best:.3f} | {run.then:.3f} | "
+            f"{_points(run.then - run.best)} | {run.end:.3f} | {_points(run.end - run.best)} |"
+        )
+    return rows
+
+
+def _guard_rows(results: list[dict]) -> list[str]:
+    rows = [
+        "| run | seed | steps | first alarm at step | condition | accuracy at the start | best | at the end |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in ("collapse_agreed", *SOUND, "template", "needs_no_image"):
+        for result in _of(results, arm):
+            scores, alarm = [score for _, score in result["accuracy"]], first_alarm(result)
+            step, condition = (alarm.step, alarm.condition) if alarm else ("-", "none")
+            rows.append(
+                f"| {_name(arm)} | {result['seed']} | {result['steps']} | {step} | {condition} | {scores[0]:.3f} | "
+                f"{max(scores):.3f} | {scores[-1]:.3f} |"
+            )
+    return rows
+
+
 def _guard_summary(results: list[dict]) -> list[str]:
     lines = []
-    for arm in ("collapse", "collapse_late", "collapse_agreed"):
-        runs = _of(results, arm)
-        if not runs:
-            continue
-        from_start = sum(r["alarm"] is not None and r["accuracy"][-1][1] > r["accuracy"][0][1] - 0.03 for r in runs)
-        from_best = sum(
-            r["alarm"] is not None and r["accuracy"][-1][1] > max(score for _, score in r["accuracy"]) - 0.03
-            for r in runs
-        )
+    runs = [_collapse(result) for result in _of(results, "collapse_on")]
+    if runs:
+        alarms = [run.alarm for run in runs if run.alarm]
+        fallen = [run for run in runs if run.best - run.end >= FALL / 100]
+        lines += [
+            f"- **A collapse that is not stopped**: the guard raises an alarm in {len(alarms)} of {len(runs)} runs, at step "
+            f"{_listed(a.step for a in alarms)}, by {_conditions(alarms)}, without a labelled question.",
+            f"- **In {sum(run.in_time for run in runs)} of {len(runs)} runs the alarm comes before accuracy has fallen by {FALL} "
+            f"points** from the best measured up to it. At the end {len(fallen)} of {len(runs)} runs are {FALL} points or more below "
+            f"that: end minus best is {_listed(_points(run.end - run.best) for run in runs)} points.",
+        ]
+    improved = _improved(results)
+    ended = [(result, alarm) for result in improved if (alarm := first_alarm(result))]
+    if improved:
+        what = _listed(f"{_name(r['arm'])}, seed {r['seed']}: {a.condition} at step {a.step}" for r, a in ended)
         lines.append(
-            f"- {ARMS[arm][0]}: {sum(r['alarm'] is not None for r in runs)} of {len(runs)} runs ended by the guard; accuracy was "
-            f"less than 3 points below the start in {from_start} of them, and less than 3 points below the best measured before in "
-            f"{from_best}."
+            f"- **Runs that gain accuracy**: the guard ends {len(ended)} of {len(improved)}{f' ({what})' if ended else ''}."
         )
     runs = _of(results, "healthy")
     if runs:
-        ended = sum(CollapseGuard().first_alarm(r["log"]) is not None for r in runs)
-        lines.append(
-            f"- healthy: {sum(r['alarm'] is not None for r in runs)} of {len(runs)} runs ended by the guard. Asked about their logs "
-            f"with its default thresholds, it would have ended {ended}."
-        )
+        lines.append(f"- healthy: the guard ends {sum(first_alarm(r) is not None for r in runs)} of {len(runs)} runs.")
     for arm in ("template", "needs_no_image"):
         runs = _of(results, arm)
         if runs:
-            flagged = [r["alarm"]["step"] for r in runs if r["alarm"]]
+            alarms = [alarm for r in runs if (alarm := first_alarm(r))]
             lines.append(
-                f"- {ARMS[arm][0]}: flagged in {len(flagged)} of {len(runs)} runs, at step {', '.join(map(str, flagged)) or '-'}, by "
-                f"{', '.join(sorted({r['alarm']['condition'] for r in runs if r['alarm']})) or '-'}."
+                f"- {ARMS[arm][0]}: flagged in {len(alarms)} of {len(runs)} runs, at step {_listed(a.step for a in alarms)}, by "
+                f"{_listed(sorted({a.condition for a in alarms}))}."
             )
+    runs = _of(results, "collapse_agreed")
+    if runs:
+        falls = [max(score for _, score in r["accuracy"]) - r["accuracy"][-1][1] for r in runs]
+        lines.append(
+            f"- {ARMS['collapse_agreed'][0]}: the guard ends {sum(first_alarm(r) is not None for r in runs)} of {len(runs)} runs in "
+            f"the {min(r['steps'] for r in runs)} to {max(r['steps'] for r in runs)} steps that they have. Accuracy ends at most "
+            f"{100 * max(falls):.1f} points below its best."
+        )
     return lines
 
 
+def _extremes(results: list[dict], name: str, window: int) -> tuple[float, float]:
+    """Smallest and largest median over a window, of all runs: what the guard judges."""
+    medians = []
+    for result in results:
+        values = [row[name] for row in result["log"] if name in row]
+        medians += [median(values[i : i + window]) for i in range(len(values) - window + 1)]
+    return min(medians), max(medians)
+
+
 def _extreme_rows(results: list[dict]) -> list[str]:
-    guard = {
-        "answer_entropy": ("min_entropy", "low"),
-        "distinct_questions": ("min_distinct_questions", "low"),
-        "blind_solved": ("max_blind_solved", "high"),
-        "solver/kl": ("max_kl", "high"),
-        "proposer/kl": ("max_kl", "high"),
+    options = {
+        "answer_entropy": "min_entropy",
+        "distinct_questions": "min_distinct_questions",
+        "blind_solved": "max_blind_solved",
+        "solver/kl": "max_kl",
+        "proposer/kl": "max_kl",
     }
     defaults = {name: p.default for name, p in inspect.signature(CollapseGuard).parameters.items()}
-    rows = ["| metric, mean of 5 values | smallest | largest | threshold |", "|---|---|---|---|"]
-    for name, (option, _) in guard.items():
-        low, high = _extremes(_of(results, "healthy"), name)
+    rows = [f"| metric, median of {defaults['window']} values | smallest | largest | threshold |", "|---|---|---|---|"]
+    passed = []
+    for name, option in options.items():
+        low, high = _extremes(results, name, defaults["window"])
         rows.append(f"| `{name}` | {low:.3f} | {high:.3f} | `{option}={defaults[option]:g}` |")
-    return rows
+        if high > defaults[option] if option.startswith("max") else low < defaults[option]:
+            passed.append(f"`{name}`")
+    return [
+        *rows,
+        "",
+        f"Single medians of these runs are beyond the threshold of {len(passed)} of {len(options)} metrics: {_listed(passed)}. An alarm "
+        f"takes {defaults['patience']} in a row.",
+    ]
 
 
 def _ablation_rows(results: list[dict]) -> list[str]:
@@ -435,9 +525,8 @@ def _ablation_rows(results: list[dict]) -> list[str]:
 
         clusters = [fmean(r["clusters"][-20:]) for r in runs]
         gained = [100 * (r["accuracy"][-1][1] - r["accuracy"][0][1]) for r in runs]
-        base = "base `room`" if ARMS[arm][1] == "room" else "taught base"
         rows.append(
-            f"| {base}, {ARMS[arm][0]} | {len(runs)} | {over([_last(r, 'distinct_questions') for r in runs])} | "
+            f"| {_name(arm)} | {len(runs)} | {over([_last(r, 'distinct_questions') for r in runs])} | "
             f"{over([_last(r, 'question_self_bleu') for r in runs])} | {over(clusters)} | "
             f"{over([_last(r, 'blind_solved') for r in runs])} | {over([fmean(r['guessed'][-20:]) for r in runs])} | "
             f"{over(gained, 1)} | {over([r['questions']['grounded'] for r in runs])} |"
@@ -450,9 +539,10 @@ def report() -> None:
     results = read_results()
     page = PAGE.read_text()
     page = in_place(page, "summary", _guard_summary(results))
-    page = in_place(page, "guard", _guard_rows(results, GUARDED))
-    if _of(results, "healthy"):
-        page = in_place(page, "extremes", _extreme_rows(results))
+    page = in_place(page, "collapse", _collapse_rows(results))
+    page = in_place(page, "guard", _guard_rows(results))
+    if improved := _improved(results):
+        page = in_place(page, "extremes", _extreme_rows(improved))
     page = in_place(page, "ablation", _ablation_rows(results))
     PAGE.write_text(page)
 
