@@ -93,6 +93,16 @@ def test_a_sharded_run_resumes_where_it_was(engine, base, tmp_path):
     assert (tmp_path / "rollouts.jsonl").read_bytes() == records
 
 
+def test_all_processes_rewind_to_the_same_checkpoint(base, tmp_path):
+    """Their logs differ in what is measured on a clock, and one of them is in the checkpoint."""
+    guard = {"action": "rewind", "window": 1, "patience": 2, "max_kl": 1e-9, "min_distinct_questions": None}
+    first, second = run("ddp", base, tmp_path, save_strategy="steps", save_steps=1, collapse_guard=guard)
+    assert first["log"] != second["log"] and len(first["weights"]) < 12
+    for result in (first, second):
+        # The KL is above 0 from step 2 on
+        assert largest_difference([result["final"]], [first["weights"][0]]) == 0.0
+
+
 def test_a_process_that_dies_ends_the_job_with_its_error(base, tmp_path):
     start = time.monotonic()
     done = subprocess.run(
