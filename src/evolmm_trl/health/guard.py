@@ -275,8 +275,7 @@ class CollapseGuard(TrainerCallback):
         self._non_finite += 1
         if self._non_finite < self._non_finite_patience:
             return None
-        first = self._last_finite + 1
-        return Alarm("non_finite", first, step, f"{bad[0]} was {given[bad[0]]} (steps {first} to {step})")
+        return Alarm("non_finite", self._last_finite + 1, step, f"{bad[0]} was {given[bad[0]]} at step {step}")
 
     def _out_of_bounds(self, row: dict, step: int) -> Alarm | None:
         for bound in self._bounds:
