@@ -17,10 +17,12 @@
 
 import json
 import logging
+import re
 import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -28,18 +30,22 @@ from datasets import Dataset
 from engines import run
 from peft import LoraConfig
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from served import ServersStandIn
 from tiny_models import tiny_internvl, tiny_qwen2_5_vl, tiny_qwen3_vl
 from tiny_trainer import TalkingTrainer, config, image_dataset, logged, lora, noise_images, snapshot
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TrainerCallback
+from trl import GRPOTrainer
 
 from evolmm_trl import EvoLMMConfig
-from evolmm_trl.role_adapters import keep_gradients_on_cpu, without_vision
+from evolmm_trl.role_adapters import keep_gradients_on_cpu, load_role_adapters, role_adapter_state, without_vision
 from evolmm_trl.rollout import served
 from evolmm_trl.rollout.importance import importance_ratio, log_ratio
 from evolmm_trl.rollout.vllm_server import VLLMCompletion
 
 
+FILE = "adapter_model.safetensors"
 VLLM = {"rollout": "vllm", "vllm_server_urls": ["http://one:1", "http://two:2"]}
 ADAPTERS = {"solver": "default", "proposer": "proposer"}
 
@@ -130,10 +136,12 @@ def test_only_the_role_that_moved_is_swapped_and_before_it_is_asked_again(base, 
     trainer = make(base, tmp_path, **VLLM)
     trainer.train()  # solver, solver, proposer, solver, solver, proposer
     events = [event for event in trainer.servers.events if event[0] == "swap"]
-    assert [role for _, role in events] == ["solver", "proposer", "solver", "solver", "proposer", "solver"]
+    # Each role's own, random weights, and its own again, to compare log-probs; then what has moved
+    start = ["solver", "solver", "proposer", "proposer", "solver", "proposer"]
+    assert [role for _, role in events] == [*start, "solver", "solver", "proposer", "solver"]
     answered = [name for event, *name in trainer.servers.events if event == "submit" and name[0] == "solver"]
     versions = list(dict.fromkeys(name for _, name in answered))
-    assert versions == ["solver-v1", "solver-v2", "solver-v3", "solver-v4"]
+    assert versions == [f"solver-v{version}" for version in range(1, 7)]
     folders = [Path(adapter.folder) for adapter in trainer.servers.adapters.values()]
     assert all(folder.parent == tmp_path / "vllm_adapters" for folder in folders)
 
@@ -142,7 +150,7 @@ def test_a_step_without_samples_swaps_nothing(base, tmp_path):
     trainer = make(base, tmp_path, agreement_band=[0.999, 1.0], num_generations=4, max_steps=2, **VLLM)
     trainer.train()
     steps = [row["trained_on"]["solver"] for row in records(tmp_path)]
-    expected = 2 + any(steps[:2])
+    expected = 6 + any(steps[:2])
     assert len([event for event in trainer.servers.events if event[0] == "swap"]) == expected
 
 
@@ -289,16 +297,66 @@ def test_a_server_whose_log_probs_differ_is_found_at_the_start(fault, base, tmp_
     assert not (tmp_path / "run" / "rollouts.jsonl").exists()
 
 
-def test_an_adapter_that_a_server_ignores_is_found_when_it_has_moved(base, tmp_path, stand_in, monkeypatch):
-    class Ignoring(stand_in):
-        def _complete(self, request, adapter):
-            return super()._complete(request, f"{request.role}-v1")
+@pytest.mark.parametrize("fault", ["ignored", "of the other role", "never swapped again", "scaled twice"])
+def test_an_adapter_that_a_server_does_not_apply_as_it_should_is_found_at_the_start(
+    fault, base, tmp_path, stand_in, monkeypatch
+):
+    class Wrong(stand_in):
+        def swap(self, role, save):
+            def scaled_save(folder):
+                save(folder)
+                if fault == "scaled twice":
+                    file = folder / "adapter_config.json"
+                    settings = json.loads(file.read_text())
+                    file.write_text(json.dumps({**settings, "lora_alpha": 2 * settings["lora_alpha"]}))
 
-    monkeypatch.setattr(served, "VLLMServers", Ignoring)
-    trainer = make(base, tmp_path, **VLLM)
-    with pytest.raises(ValueError, match="for the solver's prompt"):
+            return super().swap(role, scaled_save)
+
+        def _complete(self, request, adapter):
+            role, _, version = adapter.partition("-")
+            match fault:
+                case "ignored":
+                    adapter = f"{role}-v1"  # new, and so without effect
+                case "of the other role":
+                    adapter = "solver-v2" if adapter == "proposer-v2" else adapter
+                case "never swapped again":
+                    adapter = f"{role}-{min(version, 'v2')}"
+            return super()._complete(request, adapter)
+
+    monkeypatch.setattr(served, "VLLMServers", Wrong)
+    trainer = make(base, tmp_path, learning_rate=1e-6, **VLLM)
+    role = "proposer" if fault == "of the other role" else "solver"
+    weights = "its adapter" if fault == "never swapped again" else "an adapter of random weights"
+    with pytest.raises(ValueError, match=f"for the {role}'s prompt and the first image, under {weights},") as error:
         trainer.train()
-    assert trainer.state.global_step == 1
+    difference, without = re.search(
+        r"differ by (\S+) nats .* any adapter they differ by (\S+)\.", str(error.value)
+    ).groups()
+    assert float(difference) > 0.1
+    if fault == "ignored":
+        assert float(without) < 1e-4
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("adapters", ["separate", "shared"])
+def test_the_comparison_leaves_the_trainers_weights_as_they_were(adapters, base, tmp_path):
+    trainer = make(base, tmp_path, adapters=adapters, **VLLM)
+    before = snapshot(trainer)
+    trainer._update_servers()
+    after = snapshot(trainer)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for role, adapter in trainer.servers.adapters.items():
+        tensors = load_file(Path(adapter.folder) / FILE)
+        assert all(torch.equal(tensors[n], t) for n, t in role_adapter_state(trainer.model, role).items())
+    # What is random moves log-probs by far more than the bound
+    random = [name for event, *name in trainer.servers.events if event == "submit" and name[1].endswith("v2")]
+    assert len(random) == 4  # two roles, two servers
+
+
+def test_lora_layers_without_effect_are_found_at_the_start(base, tmp_path):
+    trainer = make(base, tmp_path, peft_config=lora(lora_alpha=0), **VLLM)
+    with pytest.raises(RuntimeError, match="Its LoRA layers have no effect: check `lora_alpha`"):
+        trainer.train()
 
 
 def test_every_server_is_compared(base, tmp_path):
@@ -307,7 +365,10 @@ def test_every_server_is_compared(base, tmp_path):
     trainer.servers.submit = lambda request, url=None: asked.append((request.role, url)) or submit(request, url)
     trainer.train()
     assert [pair for pair in asked if pair[1]] == [
-        (role, url) for role in ("solver", "proposer") for url in VLLM["vllm_server_urls"]
+        (role, url)
+        # Both adapters of each role, and the first again
+        for role in ("solver", "solver", "proposer", "proposer", "solver", "proposer")
+        for url in VLLM["vllm_server_urls"]
     ]
 
 
@@ -372,6 +433,58 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(asynchronous, streamed, 
     assert in_flight == ({"checkpoint-1", "checkpoint-3"} if asynchronous else set())
 
 
+def test_the_update_runs_while_the_next_rollout_is_generated(base, tmp_path, stand_in, monkeypatch):
+    updated = threading.Event()
+    waited = []
+
+    class AfterTheUpdate(stand_in):
+        held = False
+
+        def _complete(self, request, adapter):
+            if self.held:
+                waited.append(updated.wait(60))
+            return super()._complete(request, adapter)
+
+    class Updating(CountingTrainer):
+        def _send_rollout(self, step, rows):
+            self.servers.held = step == 1
+            super()._send_rollout(step, rows)
+
+        def training_step(self, *args):
+            loss = super().training_step(*args)
+            updated.set()  # the backward of a part of step 0 is behind
+            return loss
+
+    monkeypatch.setattr(served, "VLLMServers", AfterTheUpdate)
+    trainer = make(base, tmp_path, Updating, async_rollouts=True, max_steps=2, **VLLM)
+    trainer.train()
+    assert waited and all(waited)
+
+
+@pytest.mark.parametrize(("change", "reason"), [("images", "it is about other images"), ("votes", "it has 3 answers")])
+def test_a_rollout_in_flight_of_other_images_or_votes_is_asked_for_again(change, reason, base, tmp_path, caplog):
+    options = {"async_rollouts": True, "max_steps": 2, **VLLM}
+    make(base, tmp_path, save_strategy="steps", save_steps=1, **options).train()
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    changed = {"dataset": image_dataset(7, seed=1)} if change == "images" else {"extra_votes": 2}
+    resumed = make(base, tmp_path, **changed, **options)
+    with caplog.at_level(logging.WARNING):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    lines = [r.getMessage() for r in caplog.records if "The rollout that the checkpoint holds" in r.getMessage()]
+    assert len(lines) == 1 and f"for step 2 is not trained on: {reason}" in lines[0]
+    # as a run that held nothing in flight would have gone on
+    (tmp_path / "checkpoint-1" / "rollout_in_flight_0.json").unlink()
+    state = tmp_path / "checkpoint-1" / "evolmm_state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "rollout_in_flight": False}))
+    mine = records(tmp_path)
+    assert [r["step"] for r in mine] == [1, 1, 2, 2]
+    assert all(len(r["answers"]) == (3 if change == "images" else 5) for r in mine[2:])
+    other = make(base, tmp_path, **changed, **options)
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert records(tmp_path) == mine
+    assert largest(resumed, other) == 0.0
+
+
 def test_measuring_in_between_changes_nothing_of_an_asynchronous_run(base, tmp_path):
     trainers = []
     for name, options in (("plain", {}), ("measured", {"eval_dataset": labelled(), "eval_strategy": "steps"})):
@@ -384,7 +497,7 @@ def test_measuring_in_between_changes_nothing_of_an_asynchronous_run(base, tmp_p
 def test_an_error_of_a_server_stops_the_run_with_its_text(base, tmp_path, stand_in, monkeypatch):
     class Failing(stand_in):
         def _complete(self, request, adapter):
-            if adapter == "solver-v3":
+            if adapter == "solver-v5":
                 raise served.VLLMError("the server says: out of memory")
             return super()._complete(request, adapter)
 
@@ -404,6 +517,88 @@ def test_an_error_of_a_server_stops_the_run_with_its_text(base, tmp_path, stand_
     trainer.train(resume_from_checkpoint=True)  # connects anew
     assert not trainer.servers.closed and trainer.servers.events[0][0] == "start"
     assert largest(trainer, whole) == 0.0
+
+
+def test_measuring_after_a_run_that_failed_connects_anew(base, tmp_path, stand_in, monkeypatch):
+    class Failing(stand_in):
+        failing = True
+
+        def _complete(self, request, adapter):
+            if self.failing and adapter == "solver-v4":
+                raise served.VLLMError("the server says: out of memory")
+            return super()._complete(request, adapter)
+
+    monkeypatch.setattr(served, "VLLMServers", Failing)
+    trainer = make(base, tmp_path, eval_dataset=labelled(), async_rollouts=True, **VLLM)
+    trainer.args.eval_on_start = False
+    with pytest.raises(served.VLLMError, match="out of memory"):
+        trainer.train()
+    left = trainer.servers
+    Failing.failing = False
+    metrics = trainer.evaluate()
+    assert left.closed and not trainer.servers.closed and trainer.servers is not left
+    in_process = make(base, tmp_path / "in_process", eval_dataset=labelled())
+    in_process.model.load_state_dict(trainer.model.state_dict())
+    assert metrics["eval_accuracy_greedy"] == in_process.evaluate()["eval_accuracy_greedy"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("No space left"), ValueError("?")]
+)
+def test_what_fails_on_the_main_process_fails_on_all(error, base, tmp_path, monkeypatch):
+    trainer = make(base, tmp_path, **VLLM)
+    said = []
+
+    def send(objects):
+        said.append(objects[0])
+
+    monkeypatch.setattr(served, "broadcast_object_list", send)
+    monkeypatch.setattr(served, "save_role_adapter", mock.Mock(side_effect=error))
+    with pytest.raises(type(error)) as raised:
+        trainer._update_servers()
+    assert raised.value is error and said == [f"{type(error).__name__}: {error}"]
+
+    # Another process, which is told
+    def take(objects):
+        objects[0] = said[0]
+
+    monkeypatch.setattr(served, "broadcast_object_list", take)
+    monkeypatch.setattr(type(trainer.accelerator), "is_main_process", False)
+    with pytest.raises(served.VLLMError, match=f"The main process, .*, has failed with {re.escape(said[0])}"):
+        trainer._update_servers()
+
+
+# Weights that a checkpoint brings
+
+
+class Rewinding(TrainerCallback):
+    """As the guard against collapse does: at the end of the third step, back to the first checkpoint."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            args.load_best_model_at_end = True
+            state.best_model_checkpoint = f"{args.output_dir}/checkpoint-1"
+
+
+@pytest.mark.parametrize("by_engine", [False, True])
+def test_what_is_measured_after_a_rewind_is_what_it_went_back_to(by_engine, base, tmp_path, monkeypatch):
+    trainer = make(base, tmp_path, save_strategy="steps", save_steps=1, max_steps=3, eval_dataset=labelled(), **VLLM)
+    if not by_engine:
+        trainer.add_callback(Rewinding())
+    trainer.train()
+    if by_engine:  # which loads by its own means
+        first = str(tmp_path / "checkpoint-1")
+        monkeypatch.setattr(GRPOTrainer, "_load_best_model", lambda self: load_role_adapters(self.model, first))
+        trainer._update_servers()
+        trainer.is_fsdp_enabled = True
+        trainer._load_best_model()
+        trainer.is_fsdp_enabled = False
+    trainer.evaluate()
+    for role, adapter in trainer.servers.adapters.items():
+        expected = load_file(tmp_path / "checkpoint-1" / ("proposer" if role == "proposer" else "") / FILE)
+        found = load_file(Path(adapter.folder) / FILE)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert trainer.servers.events[-1][-1] == trainer.servers.adapters["solver"].name
 
 
 # Engines and models
@@ -475,6 +670,11 @@ def test_a_run_of_qwen3_vl_by_server(tmp_path, stand_in, monkeypatch):
         ({"rollout": "vllm", "vllm_server_urls": "http://one:1"}, "expected a list of addresses"),
         ({"vllm_server_urls": ["http://one:1"]}, "no server would be asked"),
         ({"async_rollouts": True}, "no server would be asked"),
+        ({"vllm_adapter_dir": "adapters"}, "vllm_adapter_dir='adapters'.* no server would be asked"),
+        ({**VLLM, "vllm_request_timeout": 0.0}, "vllm_request_timeout=0.0; expected seconds above 0"),
+        ({**VLLM, "vllm_request_timeout": -5.0}, "vllm_request_timeout=-5.0; expected seconds above 0"),
+        ({**VLLM, "vllm_server_timeout": -1.0}, "vllm_server_timeout=-1.0; expected seconds above 0"),
+        ({**VLLM, "vllm_server_timeout": float("nan")}, "vllm_server_timeout=nan; expected seconds above 0"),
         ({**VLLM, "freeze_vision_tower": False}, "freeze_vision_tower=False is not supported"),
         ({**VLLM, "early_votes": True, "extra_votes": 2}, "early_votes=True is not supported"),
         ({**VLLM, "vllm_importance_sampling_mode": "token"}, "expected one of"),

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -428,6 +429,8 @@ class EvoLMMConfig(GRPOConfig):
             ("proposer_update_every", "1 or more", self.proposer_update_every >= 1),
             ("preference_agreement", "0 to 1", 0 <= self.preference_agreement <= 1),
             ("report_images", "0 or more", self.report_images >= 0),
+            ("vllm_server_timeout", "seconds above 0", 0 < self.vllm_server_timeout < math.inf),
+            ("vllm_request_timeout", "seconds above 0", 0 < self.vllm_request_timeout < math.inf),
         ):
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)}; expected {expected}.")
@@ -442,10 +445,11 @@ class EvoLMMConfig(GRPOConfig):
             )
         if self.rollout == "vllm":
             self._check_vllm()
-        elif self.vllm_server_urls or self.async_rollouts:
+        elif self.vllm_server_urls or self.vllm_adapter_dir or self.async_rollouts:
             raise ValueError(
-                f"vllm_server_urls={self.vllm_server_urls} and async_rollouts={self.async_rollouts}, but "
-                f"rollout={self.rollout!r}: no server would be asked. Set rollout='vllm'."
+                f"vllm_server_urls={self.vllm_server_urls}, vllm_adapter_dir={self.vllm_adapter_dir!r} and "
+                f"async_rollouts={self.async_rollouts}, but rollout={self.rollout!r}: no server would be asked. Set "
+                "rollout='vllm'."
             )
         most = (self.num_votes - 1) / self.num_votes
         if self.collect_preferences and self.preference_agreement > most:

@@ -25,22 +25,24 @@ import atexit
 import copy
 import logging
 import threading
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from torch.func import functional_call
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
-from ..role_adapters import role_adapter_state, save_role_adapter
+from ..role_adapters import ADAPTER_OF, role_adapter_state, save_role_adapter
 from ..schedule import PROPOSER, ROLES, SOLVER
 from ..shared_prefix import FAMILIES, base_model
+from ..thumbnails import image_digest
 from .generation import sample_seed, why_not_generated_shared
 from .importance import SamplingDifference, importance_ratio, log_ratio
 from .samples import EncodedPrompt, collate_prompts, continued, encode_about, encode_prompts
@@ -49,11 +51,13 @@ from .vllm_server import VLLMCompletion, VLLMError, VLLMRequest, VLLMServers, im
 
 logger = logging.getLogger(__name__)
 
-# Largest mean difference, in nats per token, between the log-probs of a server and of the trainer for the same tokens. In
-# float32 it is about 1e-6, in bfloat16 about 1e-2; another model, image or prompt makes it 0.1 and more
+# Largest mean difference, in nats per token, between the log-probs of a server and of the trainer for the same tokens.
+# docs/vllm.md has what rounding makes, and what another model, image or prompt does
 _TOLERANCE = {"full": 1e-3, "half": 5e-2}
 # Of the comparison of log-probs
 _CHECKED_SAMPLES, _CHECKED_TOKENS = 4, 32
+# Mean change of log-probs, in nats per token, that the random adapter of the comparison makes at least
+_PROBE_CHANGE = 0.5
 # Images of a process that are written about at a time
 _IMAGES_AT_A_TIME = 64
 
@@ -85,10 +89,12 @@ class Written:
 
 @dataclass(frozen=True)
 class _InFlight:
-    """The rollout that will be trained on at a step, one future per image."""
+    """The rollout that will be trained on at a step: per image the digest of its pixels, and a future."""
 
     step: int
+    digests: list[str]
     images: "list[Future[Written]]"
+    from_checkpoint: bool = False
 
     def wait(self) -> list[Written]:
         try:
@@ -139,9 +145,8 @@ class ServedRollouts:
         )
         atexit.register(self.servers.close)
         self._moved = set(self._served_roles)
-        self._checks_left = Counter(dict.fromkeys(self._served_roles, 2))
-        if self.accelerator.is_main_process:
-            self.servers.start(self._served_model)
+        self._unchecked = set(self._served_roles)
+        self._on_main_process(partial(self.servers.start, self._served_model))
 
     def _leave_servers(self) -> None:
         """
@@ -150,6 +155,20 @@ class ServedRollouts:
         """
         if self.servers is not None:
             self.servers.close()
+
+    def _on_main_process(self, action: Callable[[], object]) -> None:
+        """Does something on the main process alone. If it fails there, all processes fail, of which the others would wait."""
+        error, text = None, [None]
+        if self.accelerator.is_main_process:
+            try:
+                action()
+            except (VLLMError, OSError, SafetensorError, ValueError) as raised:
+                error, text = raised, [f"{type(raised).__name__}: {raised}"]
+        broadcast_object_list(text)
+        if error is not None:
+            raise error
+        if text[0] is not None:
+            raise VLLMError(f"The main process, which gives the servers their adapters, has failed with {text[0]}")
 
     @property
     def _served_roles(self) -> tuple[str, ...]:
@@ -169,68 +188,145 @@ class ServedRollouts:
         Gives the servers the adapters that have moved. On all processes together: each gathers, and the main one saves and
         talks to the servers. What was in flight is waited for, since a step's rollout is of one policy.
         """
+        if self.servers.closed:  # with a run that failed
+            self._drop_rollout()
         if self._in_flight is not None:
             self._in_flight.wait()
         if not self._moved:
             return
-        self.accelerator.wait_for_everyone()  # no process has a request in flight
         roles = [role for role in self._served_roles if role in self._moved]
+        new = [role for role in roles if role in self._unchecked]
+        for role in new:
+            self._check_servers(role)
         with self._timed("swap"):
             for role in roles:
-                state = role_adapter_state(self.model, role)
-                outcome = [None]
-                if self.accelerator.is_main_process:
-                    try:
-                        self.servers.swap(role, partial(save_role_adapter, self.model, role, state))
-                        outcome = [self.servers.adapters]
-                    except VLLMError as error:  # on all processes, of which the others would wait
-                        outcome = [error]
-                broadcast_object_list(outcome)
-                if isinstance(outcome[0], VLLMError):
-                    raise outcome[0]
-                self.servers.adapters = outcome[0]
+                self._swap(role, role_adapter_state(self.model, role))
         self._moved.clear()
-        for role in roles:
-            # At the start, and again when the role has made its first step: an adapter that is new has no effect
-            if self._checks_left[role] > 0:
-                self._checks_left[role] -= 1
-                for checked in ROLES if not self.roles.separate else (role,):
-                    self._check_servers(checked)
+        for role in new:
+            self._compare(role)
+            self._unchecked.discard(role)
+
+    def _swap(self, role: str, state: dict[str, torch.Tensor]) -> None:
+        """Gives all servers these weights as a role's adapter."""
+        self.accelerator.wait_for_everyone()  # no process has a request in flight
+        self._on_main_process(lambda: self.servers.swap(role, partial(save_role_adapter, self.model, role, state)))
+        adapters = [self.servers.adapters]
+        broadcast_object_list(adapters)
+        self.servers.adapters = adapters[0]
 
     def _check_servers(self, role: str) -> None:
-        """Fails if a server's log-probs for a role's prompt about the first image are not the trainer's."""
+        """
+        Fails if the servers' log-probs are not the trainer's, under a role's adapter as it is, and under one of random
+        weights in its place. A new adapter has no effect, and a step of training a small one: that a server leaves an adapter
+        out, or scales it otherwise, is seen with the second alone.
+        """
+        state = role_adapter_state(self.model, role)
+        self._swap(role, state)
+        written = self._compare(role)
+        probe = self._probe(role, state, written)
+        self._swap(role, probe)
+        self._compare(role, probe)
+
+    def _compare(
+        self, adapter: str, probe: Mapping[str, torch.Tensor] | None = None
+    ) -> list[tuple[str, EncodedPrompt, list[list[int]]]]:
+        """
+        Fails if a server's log-probs about the first image are not the trainer's, under the adapter of a role, with the weights
+        `probe` if there are any. Returns the roles that it serves, with their prompts and what the first server wrote.
+        """
         image = next(iter(self._images))["image"]
-        prompts = self.prompts
-        messages = (
-            prompts.proposer_messages() if role == PROPOSER else prompts.solver_messages(prompts.default_question)
-        )
-        (prompt,) = encode_prompts(self.processing_class, [messages], [image], **self.chat_template_kwargs)
+        bound = _TOLERANCE["half" if self._is_half() else "full"]
+        compared = []
+        for role in (adapter,) if self.roles.separate else ROLES:
+            messages = (
+                self.prompts.proposer_messages()
+                if role == PROPOSER
+                else self.prompts.solver_messages(self.prompts.default_question)
+            )
+            (prompt,) = encode_prompts(self.processing_class, [messages], [image], **self.chat_template_kwargs)
+            config = self._comparison_config(role)
+            seeds = [sample_seed(self.args.seed, "check", role) + i for i in range(_CHECKED_SAMPLES)]
+            request = self._request(role, prompt, self._image_url(prompt), seeds, config)
+            futures = [self.servers.submit(request, url) for url in self.servers.urls]
+            for url, completions in zip(self.servers.urls, [future.result() for future in futures], strict=True):
+                ids = [completion.ids for completion in completions]
+                theirs = torch.tensor([logp for completion in completions for logp in completion.logps])
+                with self._sampling() as model:
+                    difference = (self._own_logps(model, role, prompt, ids, probe) - theirs).abs()
+                    differs = not difference.mean().item() <= bound  # or is nan
+                    without = (self._own_logps(model, None, prompt, ids) - theirs).abs().mean() if differs else None
+                if differs:
+                    raise ValueError(
+                        f"The log-probs of the vLLM server at {url} are not the trainer's: for the {role}'s prompt and the first "
+                        f"image, under {'its adapter' if probe is None else 'an adapter of random weights'}, they differ by "
+                        f"{difference.mean().item():.2g} nats per token, at most by {difference.max().item():.2g}, over "
+                        f"{len(theirs)} tokens that the server sampled; at most {bound:g} on average is rounding in this "
+                        f"precision. From the trainer's without any adapter they differ by {without.item():.2g}. The server's "
+                        "prompt has the same token ids. Likely causes: other weights than the trained model's base (checkpoint, "
+                        "revision, quantization, or --dtype), another image processor, a server without --logprobs-mode "
+                        "processed_logprobs, or an adapter that it leaves out or scales otherwise. See docs/vllm.md."
+                    )
+                if url == self.servers.urls[0]:
+                    compared.append((role, prompt, ids))
+        return compared
+
+    def _comparison_config(self, role: str) -> GenerationConfig:
+        """All tokens are compared, those that top-p and its like would leave out too."""
         config = self._generation_config(role)
-        # All tokens are compared, those that top-p and its like would leave out too
         config.top_p, config.top_k, config.min_p, config.repetition_penalty = 1.0, 0, None, 1.0
         config.max_new_tokens = min(config.max_new_tokens, _CHECKED_TOKENS)
-        seeds = [sample_seed(self.args.seed, "check", role) + i for i in range(_CHECKED_SAMPLES)]
-        request = self._request(role, prompt, self._image_url(prompt), seeds, config)
-        bound = _TOLERANCE["half" if self._is_half() else "full"]
-        for url in self.servers.urls:
-            completions = self.servers.submit(request, url).result()
-            with self._sampling() as model, self.roles.using(role):
-                own = [
-                    processed_logps(model, prompt, completion.ids, config, self._tokenizer.pad_token_id)
-                    for completion in completions
-                ]
-            theirs = torch.tensor([logp for completion in completions for logp in completion.logps])
-            difference = (torch.cat(own).cpu() - theirs).abs()
-            mean = difference.mean().item()
-            if not mean <= bound:  # nor if it is nan
-                raise ValueError(
-                    f"The log-probs of the vLLM server at {url} are not the trainer's: for the {role}'s prompt and the first "
-                    f"image they differ by {mean:.2g} nats per token, at most by {difference.max().item():.2g}, over "
-                    f"{len(theirs)} tokens that the server sampled; at most {bound:g} on average is rounding in this "
-                    "precision. Its prompt has the same token ids. Likely causes: other weights than the trained model's base "
-                    "(checkpoint, revision, quantization, or --dtype), another image processor, a server without "
-                    "--logprobs-mode processed_logprobs, or an adapter that it applies otherwise. See docs/vllm.md."
-                )
+        return config
+
+    def _own_logps(
+        self,
+        model: PeftModel,
+        role: str | None,
+        prompt: EncodedPrompt,
+        completions: Sequence[Sequence[int]],
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """
+        The trainer's log-probs of the completions of a prompt, one behind the other, on the CPU, by the model that `_sampling`
+        gives; of a role's adapter, with these weights in place of its own if there are any, or of none.
+        """
+        config = self._comparison_config(role or SOLVER)
+        held = {}
+        if weights is not None:
+            marker = f".{ADAPTER_OF[role if self.roles.separate else SOLVER]}."
+            names = [name for name, _ in model.named_parameters() if marker in name]
+            held = {name: weights[name.replace(marker, ".")].to(model.device) for name in names}
+        with self.roles.using(role):
+            own = [
+                processed_logps(model, prompt, ids, config, self._tokenizer.pad_token_id, held) for ids in completions
+            ]
+        return torch.cat(own).cpu()
+
+    def _probe(self, adapter: str, state: dict[str, torch.Tensor], written: list[tuple]) -> dict[str, torch.Tensor]:
+        """
+        Random weights of a role's adapter that change the log-probs of what was written by `_PROBE_CHANGE` nats per token or
+        more, in the trainer, against the model without an adapter.
+        """
+        seed = sample_seed(self.args.seed, "probe", adapter)
+        found = [(0.0, 0.0)]  # size of the weights and change of the log-probs
+        with self._sampling() as model:
+            if self.accelerator.is_main_process:
+                without = [self._own_logps(model, None, prompt, ids) for _, prompt, ids in written]
+                for exponent in range(-12, 13):
+                    probe = random_adapter(state, 2.0**exponent, seed)
+                    own = [self._own_logps(model, role, prompt, ids, probe) for role, prompt, ids in written]
+                    changes = [(a - b).abs().mean().item() for a, b in zip(own, without, strict=True)]
+                    found = [(2.0**exponent, min(changes))]
+                    if min(changes) >= _PROBE_CHANGE:
+                        break
+        broadcast_object_list(found)  # one size on all processes, whatever their rounding
+        size, change = found[0]
+        if not change >= _PROBE_CHANGE:
+            raise RuntimeError(
+                f"Random weights of the {adapter}'s adapter change the log-probs of the trainer's own model by {change:.2g} "
+                f"nats per token, however large they are; expected {_PROBE_CHANGE:g} or more. Its LoRA layers have no effect: "
+                "check `lora_alpha` and `target_modules` of the `peft_config`."
+            )
+        return random_adapter(state, size, seed)
 
     def _is_half(self) -> bool:
         """Whether the model computes in half precision, or with weights that are rounded to 4 or 8 bits."""
@@ -267,7 +363,9 @@ class ServedRollouts:
         questions = self._seeds(PROPOSER, rows, 1, step)
         answers = self._seeds(SOLVER, rows, self.args.num_votes, step)
         self._in_flight = _InFlight(
-            step, [self._writers.submit(self._write, *image) for image in zip(rows, questions, answers, strict=True)]
+            step,
+            [image_digest(row["image"]) for row in rows],
+            [self._writers.submit(self._write, *image) for image in zip(rows, questions, answers, strict=True)],
         )
 
     def _write(self, row: dict, question_seeds: list[int], answer_seeds: list[int]) -> Written:
@@ -288,6 +386,8 @@ class ServedRollouts:
     def _served_rollout(self, rows: list[dict]) -> list[Written]:
         """What the servers wrote about the images of this step; with `async_rollouts`, the step before has asked for it."""
         step = self.state.global_step
+        if self._in_flight is not None and self._in_flight.from_checkpoint:
+            self._drop_rollout_of_others(rows)
         if self._in_flight is None:
             self._update_servers()
             self._send_rollout(step, rows)
@@ -332,18 +432,42 @@ class ServedRollouts:
             self._connect()
         self._set_moved(*ROLES)
 
+    def _drop_rollout_of_others(self, rows: list[dict]) -> None:
+        """
+        Forgets the rollout that a checkpoint held, on all processes, if it is not of these images, or not of as many answers as
+        are asked for now.
+        """
+        rollout = self._in_flight
+        reason = None
+        answers = {len(written.answers) for written in rollout.wait()}
+        if rollout.digests != [image_digest(row["image"]) for row in rows]:
+            reason = "it is about other images"
+        elif answers != {self.args.num_votes}:
+            reason = f"it has {min(answers)} answers per question, and this run asks for {self.args.num_votes}"
+        reasons = [reason for reason in gather_object([reason]) if reason is not None]
+        if reasons:
+            self._in_flight = None
+            if self.accelerator.is_main_process:
+                logger.warning(
+                    "The rollout that the checkpoint holds for step %d is not trained on: %s. The servers are asked again.",
+                    rollout.step + 1,
+                    reasons[0],
+                )
+
     def _rollout_state(self) -> dict | None:
         """The rollout in flight, to its end, as JSON can hold it."""
-        if self._in_flight is None:
+        rollout = self._in_flight
+        if rollout is None:
             return None
-        return {"step": self._in_flight.step, "images": [written.state_dict() for written in self._in_flight.wait()]}
+        images = [written.state_dict() for written in rollout.wait()]
+        return {"step": rollout.step, "digests": rollout.digests, "images": images}
 
     def _load_rollout_state(self, state: dict) -> None:
         images: list[Future[Written]] = []
         for written in state["images"]:
             images.append(Future())
             images[-1].set_result(Written.from_state_dict(written))
-        self._in_flight = _InFlight(state["step"], images)
+        self._in_flight = _InFlight(state["step"], state["digests"], images, from_checkpoint=True)
 
     def _answers_by_servers(
         self, prompts: Sequence[EncodedPrompt], seeds: Sequence[Sequence[int | None]]
@@ -438,7 +562,12 @@ def why_not_served(model: PreTrainedModel | PeftModel, config: GenerationConfig)
 
 @torch.no_grad()
 def processed_logps(
-    model: PreTrainedModel, prompt: EncodedPrompt, ids: Sequence[int], config: GenerationConfig, pad_token_id: int
+    model: PreTrainedModel,
+    prompt: EncodedPrompt,
+    ids: Sequence[int],
+    config: GenerationConfig,
+    pad_token_id: int,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
     Log-probs of a completion under the distribution it is drawn from: at the temperature, and without the suppressed tokens.
@@ -454,14 +583,46 @@ def processed_logps(
             `temperature` and `suppress_tokens`.
         pad_token_id (`int`):
             Padding token.
+        weights (`Mapping[str, torch.Tensor]`, *optional*):
+            Parameters that take the place of the model's in this forward, by name. The model keeps its own.
 
     Returns:
         `torch.Tensor` of shape `(completion length,)`, float32
     """
     row = continued(prompt, ids[:-1])
     batch = {name: tensor.to(model.device) for name, tensor in collate_prompts([row], pad_token_id).items()}
-    logits = model(**batch, use_cache=False, logits_to_keep=len(ids)).logits[0].float()
+    arguments = {**batch, "use_cache": False, "logits_to_keep": len(ids)}
+    logits = functional_call(model, dict(weights or {}), kwargs=arguments).logits[0].float()
     if config.suppress_tokens:
         logits[:, config.suppress_tokens] = -torch.inf
     logps = (logits / (config.temperature or 1.0)).log_softmax(-1)
     return logps.gather(1, torch.tensor(ids, device=logps.device)[:, None])[:, 0]
+
+
+def random_adapter(state: Mapping[str, torch.Tensor], size: float, seed: int) -> dict[str, torch.Tensor]:
+    """
+    Random weights of a LoRA adapter.
+
+    Args:
+        state (`Mapping[str, torch.Tensor]`):
+            An adapter's weights: `lora_A` of shape (rank, inputs) and `lora_B` (outputs, rank).
+        size (`float`):
+            Standard deviation of what the adapter makes of inputs of variance 1, before it is scaled.
+        seed (`int`):
+            Seed.
+
+    Returns:
+        `dict[str, torch.Tensor]`: tensors of the same names and shapes, of numbers that bfloat16 holds, so that a server that
+        rounds adapters changes nothing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (
+            torch.randn(tensor.shape, generator=generator)
+            * (size if "lora_B" in name else 1.0)
+            / tensor.size(1) ** 0.5
+        )
+        .bfloat16()
+        .to(tensor.dtype)
+        for name, tensor in sorted(state.items())
+    }
