@@ -126,7 +126,7 @@ test-vllm: venv
 
 # Log-probs and swaps of adapters, as docs/vllm.md has them.
 measure-vllm: venv vllm-cpu
-	OMP_NUM_THREADS=1 $(PY) tests/vllm_measure.py --document docs/vllm.md
+	OMP_NUM_THREADS=1 $(PY) tests/vllm_measure.py --output docs/benchmarks/vllm_server.json --document docs/vllm.md
 
 # Training by server, as docs/vllm.md has it: about 30 minutes.
 bench-vllm: venv vllm-cpu

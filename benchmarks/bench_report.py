@@ -335,7 +335,9 @@ def environment() -> dict:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     return {
-        "commit": git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain") else ""),
+        # Documents are what measurements write
+        "commit": git("rev-parse", "HEAD")
+        + (" with changes" if git("status", "--porcelain", "--", ":(top)", ":(top,exclude)docs") else ""),
         "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -118,7 +118,9 @@ def accuracy(model, processor, rows: list[dict]) -> list[int]:
 
 
 def images_of(log: Path) -> list[list]:
-    return [[record["step"], record["image_id"]] for record in map(json.loads, log.read_text().splitlines())]
+    """Step, image and number of answers of every rollout."""
+    records = map(json.loads, log.read_text().splitlines())
+    return [[record["step"], record["image_id"], len(record["answers"])] for record in records]
 
 
 def training(base: Path, images, folder: Path, server: VLLMProcess, found: dict, save) -> None:
@@ -220,7 +222,8 @@ def tables(found: dict) -> str:
                     f"In the run with {run['kills']} kills the server was killed while it answered and started again; the "
                     f"client counted {run['faults'].get('deaths', 0)} deaths and sent {run['faults'].get('repeated', 0)} "
                     f"requests again. The rollout log holds {len(run['images'])} rollouts, "
-                    f"{'the same images at the same steps as' if complete else 'NOT those of'} the run in process."
+                    f"{'the same images at the same steps, with as many answers, as' if complete else 'NOT those of'} the "
+                    "run in process."
                 )
     if "speed" in found:
         seconds, waits = found["speed"]["seconds"], found["speed"]["waits"]

@@ -442,7 +442,7 @@ def test_the_update_runs_while_the_next_rollout_is_generated(base, tmp_path, sta
 
         def _complete(self, request, adapter):
             if self.held:
-                waited.append(updated.wait(60))
+                waited.append(updated.wait(30))
             return super()._complete(request, adapter)
 
     class Updating(CountingTrainer):

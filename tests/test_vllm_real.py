@@ -115,6 +115,9 @@ def test_log_probs_are_those_of_what_is_sampled_from(servers, policy):
     (completions,) = servers.generate([policy.request(SOLVER, 0, temperature=0.7, suppress_tokens=suppressed)])
     assert not {token for completion in completions for token in completion.ids} & set(suppressed)
     assert policy.difference(SOLVER, 0, completions, temperature=0.7, suppressed=suppressed) <= TOLERANCE
+    (completions,) = servers.generate([policy.request(SOLVER, 0, repetition_penalty=1.5)])
+    assert policy.difference(SOLVER, 0, completions, repetition_penalty=1.5) <= TOLERANCE
+    assert policy.difference(SOLVER, 0, completions) > 0.1
     (completions,) = servers.generate([policy.request(SOLVER, 0, top_k=1)])
     assert {logp for completion in completions for logp in completion.logps} == {0.0}
 

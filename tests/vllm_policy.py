@@ -21,11 +21,12 @@ import torch
 from demo import load_model
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import GenerationConfig
+from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
 
 from evolmm_trl.prompts import RolePrompts
 from evolmm_trl.role_adapters import ADAPTER_OF, RoleAdapters
 from evolmm_trl.rollout.samples import Sample, collate_samples, encode_prompts
+from evolmm_trl.rollout.served import random_adapter
 from evolmm_trl.rollout.vllm_server import VLLMRequest, VLLMServers, image_url, seen_image
 from evolmm_trl.schedule import PROPOSER, ROLES, SOLVER
 
@@ -37,8 +38,9 @@ TOLERANCE = 1e-4
 class Policy:
     """The trainer's side: the base model with both roles' adapters, of random weights, and prompts about some images."""
 
-    def __init__(self, folder: str, rank: int = 8):
+    def __init__(self, folder: str, rank: int = 8, dtype: torch.dtype = torch.float32):
         base, self.processor = load_model(folder)
+        base = base.to(dtype)  # the adapters stay in float32
         lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=r".*visual.*")
         self.model = get_peft_model(base, lora)
         self.model.add_adapter(ADAPTER_OF[PROPOSER], lora)
@@ -66,6 +68,13 @@ class Policy:
             if f".{ADAPTER_OF[role]}." in name:
                 parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
 
+    def randomise(self, role: str, size: float) -> None:
+        """The random weights by which the trainer compares log-probs at the start."""
+        marker = f".{ADAPTER_OF[role]}."
+        held = {name.replace(marker, "."): p for name, p in self.model.named_parameters() if marker in name}
+        for name, tensor in random_adapter(held, size, ROLES.index(role)).items():
+            held[name].data = tensor
+
     def save(self, role: str):
         def write(folder):
             self.model.save_pretrained(folder, selected_adapters=[ADAPTER_OF[role]])
@@ -90,16 +99,31 @@ class Policy:
         return [self.request(role, i, **settings) for role in ROLES for i in range(len(self.images))]
 
     @torch.no_grad()
-    def logps(self, role: str, i: int, ids: list[int], temperature: float = 1.0, suppressed=None) -> torch.Tensor:
-        """The log-probs of a completion of the role's prompt about an image, of shape (completion length,)."""
+    def logps(
+        self,
+        role: str,
+        i: int,
+        ids: list[int],
+        temperature: float = 1.0,
+        suppressed=None,
+        repetition_penalty: float = 1.0,
+        adapter: str | None = "own",
+    ) -> torch.Tensor:
+        """
+        The log-probs of a completion of the role's prompt about an image, of shape (completion length,); by the role's adapter,
+        another role's or none.
+        """
         prompt = self.prompts[role][i]
         batch = collate_samples([Sample(prompt, torch.tensor(ids), 0.0)], self.ends[-1])
         input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        with self.roles.using(role):
+        with self.roles.using(role if adapter == "own" else adapter):
             logits = self.model(
                 input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **batch["model_inputs"]
             ).logits
-        logits = logits[0, len(prompt.input_ids) - 1 : -1]
+        logits = logits[0, len(prompt.input_ids) - 1 : -1].float()
+        penalty = RepetitionPenaltyLogitsProcessor(repetition_penalty)
+        before = [input_ids[:, : len(prompt.input_ids) + k] for k in range(len(ids))]
+        logits = torch.cat([penalty(seen, row[None]) for seen, row in zip(before, logits, strict=True)])
         logits[:, self.suppressed if suppressed is None else suppressed] = -torch.inf
         return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
 
