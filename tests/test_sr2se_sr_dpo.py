@@ -15,16 +15,19 @@
 import json
 import logging
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from test_sr2se_sub_policies import picture
 from tiny_models import tiny_qwen2_5_vl
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from evolmm_trl.processing import load_processor
+from evolmm_trl.role_adapters import vision_modules, without_modules
 from evolmm_trl.sr2se import SRDPOConfig, SRDPOTrainer, SubPolicies, SubPolicyPrompts, load_preferences
 
 
@@ -236,9 +239,9 @@ def test_the_image_is_in_policy_and_reference(path, processor, pairs, monkeypatc
             ),
         )
     trainer.train()
-    # Before it, the policy has seen the batch and its negative, to check that pixels matter
+    # Before it, both have seen the batch and its negative, to check that pixels matter
     policy, reference = given["policy"][-1], given["reference"][-1]
-    assert len(given["policy"]) == 3 and len(given["reference"]) == 1
+    assert len(given["policy"]) == 3 and len(given["reference"]) == 3
     assert len(policy["pixel_values"]) == len(batch["pixel_values"])
     for name in ("pixel_values", "input_ids"):
         assert torch.equal(policy[name], reference[name])
@@ -249,31 +252,45 @@ def test_the_image_is_in_policy_and_reference(path, processor, pairs, monkeypatc
     assert abs(losses[0] - losses[1]) > 1e-4
 
 
+def make_blind(monkeypatch, model, blind=lambda: True) -> None:
+    """From now on a model sees no pixels where it is to be blind."""
+    original = model.forward
+
+    def forward(*args, **kwargs):
+        pixels = torch.zeros_like(kwargs["pixel_values"]) if blind() else kwargs["pixel_values"]
+        return original(*args, **{**kwargs, "pixel_values": pixels})
+
+    monkeypatch.setattr(model, "forward", forward)
+
+
 def test_a_batch_whose_pixels_do_not_matter_is_refused(path, processor, pairs, monkeypatch):
     trainer = trainer_of(path, processor, pairs)
     batch = batch_of(trainer)
     with pytest.raises(ValueError, match="no `pixel_values`"):
         trainer._compute_loss(trainer.model, {k: v for k, v in batch.items() if k != "pixel_values"}, False)
-    original = trainer.model.forward
+    for role, model in (("reference", trainer.ref_model), ("policy", trainer.model)):
+        make_blind(monkeypatch, model)
+        with pytest.raises(ValueError, match=f"of the {role}: the image does not reach the loss"):
+            trainer._compute_loss(trainer.model, batch, False)
 
-    def blind(*args, **kwargs):
-        return original(*args, **{**kwargs, "pixel_values": torch.zeros_like(kwargs["pixel_values"])})
 
-    monkeypatch.setattr(trainer.model, "forward", blind)
-    with pytest.raises(ValueError, match="does not reach the loss"):
-        trainer._compute_loss(trainer.model, batch, False)
+@pytest.mark.parametrize("given", [False, True])
+def test_a_reference_of_adapters_whose_pixels_do_not_matter_is_refused(path, processor, pairs, monkeypatch, given):
+    if given:
+        trainer = trainer_of(path, processor, pairs, model=with_adapter(path))
+    else:
+        trainer = trainer_of(path, processor, pairs, lora(init_lora_weights=False))
+    layer = next(module for module in trainer.model.modules() if isinstance(module, LoraLayer))
+    make_blind(monkeypatch, trainer.model, lambda: layer.disable_adapters or layer.active_adapters == ["ref"])
+    with pytest.raises(ValueError, match="of the reference: the image does not reach the loss"):
+        trainer._compute_loss(trainer.model, batch_of(trainer), False)
 
 
 def test_dropout_does_not_hide_that_pixels_do_not_matter(path, processor, pairs, monkeypatch):
     trainer = trainer_of(
         path, processor, pairs, lora(lora_dropout=0.5, init_lora_weights=False), disable_dropout=False
     )
-    original = trainer.model.forward
-    monkeypatch.setattr(
-        trainer.model,
-        "forward",
-        lambda **kwargs: original(**{**kwargs, "pixel_values": torch.zeros_like(kwargs["pixel_values"])}),
-    )
+    make_blind(monkeypatch, trainer.model)
     trainer.model.train()
     with pytest.raises(ValueError, match="does not reach the loss"):
         trainer._compute_loss(trainer.model, batch_of(trainer), False)
@@ -344,6 +361,58 @@ def test_the_reference_is_the_model_as_given(path, processor, pairs):
     trainer.train()
     assert all(torch.equal(p, given[name]) for name, p in trainer.ref_model.state_dict().items())
     assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def with_adapter(path, **kwargs) -> PeftModel:
+    """A model with an adapter that has been trained."""
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_pretrained(path, **kwargs)
+    excluded = without_modules(lora(init_lora_weights=False), vision_modules(str(path)))
+    return get_peft_model(model, excluded)
+
+
+def adapters(model, name) -> dict[str, torch.Tensor]:
+    return {n.replace(f".{name}.", "."): p.detach().clone() for n, p in model.named_parameters() if f".{name}." in n}
+
+
+def test_an_adapter_that_is_given_is_trained_on_and_its_start_is_the_reference(path, processor, pairs):
+    model = with_adapter(path)
+    given = adapters(model, "default")
+    trainer = trainer_of(path, processor, pairs, model=model, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    kept, trained = adapters(trainer.model, "ref"), adapters(trainer.model, "default")
+    assert all(torch.equal(kept[name], given[name]) for name in given)
+    assert any(not torch.equal(trained[name], given[name]) for name in given)
+    # Resumed it is the same run
+    resumed = trainer_of(path, processor, pairs, model=with_adapter(path), max_steps=2)
+    resumed.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-1")
+    assert all(torch.equal(p, kept[name]) for name, p in adapters(resumed.model, "ref").items())
+    for name, p in adapters(resumed.model, "default").items():
+        torch.testing.assert_close(p, trained[name])
+
+
+def test_an_adapter_of_a_quantized_base_is_not_rounded(tmp_path, processor, pairs):
+    pytest.importorskip("bitsandbytes")
+    path = tiny_qwen2_5_vl(tmp_path / "tiny", hidden=64)
+    skipped = ["lm_head", *map(re.escape, vision_modules(str(path)))]
+    quantization = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
+    model = with_adapter(path, quantization_config=quantization)
+    given = adapters(model, "default")
+    assert any(not torch.equal(p, p.bfloat16().float()) for p in given.values())
+    trainer = trainer_of(path, processor, pairs, model=model)
+    for name in ("default", "ref"):
+        assert all(torch.equal(p, given[n]) for n, p in adapters(trainer.model, name).items())
+    trainer.train()
+    assert any(not torch.equal(p, given[name]) for name, p in adapters(trainer.model, "default").items())
+
+
+def test_weights_that_are_trained_in_half_precision_are_warned_of(path, processor, pairs, caplog):
+    for dtype, lora_config in (("float32", None), ("bfloat16", lora()), ("bfloat16", None)):
+        assert "Weights are trained in" not in caplog.text
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        trainer_of(path, processor, pairs, lora_config, model, learning_rate=5e-7)
+    assert "Weights are trained in bfloat16" in caplog.text and "learning_rate=5e-07" in caplog.text
 
 
 def test_full_training_leaves_the_vision_tower_unless_asked(path, processor, pairs):

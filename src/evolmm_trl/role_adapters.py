@@ -15,6 +15,7 @@
 """Two LoRA adapters on one PEFT model: one per role, of which exactly one has an effect at any time."""
 
 import copy
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,12 +28,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel, Trainer
 from transformers.modeling_utils import set_zero3_state
 
 from .engines import whole_tensors
 from .schedule import PROPOSER, ROLES, SOLVER
 
+
+logger = logging.getLogger(__name__)
 
 # Plain PEFT loads a checkpoint's root as the adapter "default", and every other adapter from a folder of its name.
 ADAPTER_OF = {SOLVER: "default", PROPOSER: "proposer"}
@@ -373,6 +376,21 @@ def keep_adapters_precise(model: PeftModel) -> None:
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.float()
+
+
+def warn_of_half_precision(trainer: Trainer) -> None:
+    """Warns that steps are lost if weights are trained in less than float32 and nothing holds a float32 copy of them."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:  # which hold float32 copies
+        return
+    dtypes = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
+    half = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - {torch.float32, torch.float64})
+    if half:
+        logger.warning(
+            "Weights are trained in %s, which holds 2 or 3 decimal digits: a step at learning_rate=%g changes most of "
+            "them by less, and is lost. Load the model in float32, TRL's default, or train LoRA adapters.",
+            " and ".join(half),
+            trainer.args.learning_rate,
+        )
 
 
 def without_vision(quantization_config: BitsAndBytesConfig, modules: Sequence[str]) -> BitsAndBytesConfig:

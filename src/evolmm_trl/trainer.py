@@ -77,6 +77,7 @@ from .role_adapters import (
     role_lora_configs,
     role_optimizer,
     vision_modules,
+    warn_of_half_precision,
     without_vision,
 )
 from .rollout.generation import end_states, generate, generate_shared, sample_seed, why_not_generated_shared
@@ -331,15 +332,7 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
             for name in vision:
                 model.get_submodule(name).requires_grad_(False)
         self.roles = RoleAdapters(model)
-        dtypes = {parameter.dtype for role in ROLES for parameter in self.roles.parameters(role).values()}
-        half = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - {torch.float32, torch.float64})
-        if half and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which hold float32 copies
-            logger.warning(
-                "Weights are trained in %s, which holds 2 or 3 decimal digits: a step at learning_rate=%g changes most of "
-                "them by less, and is lost. Load the model in float32, TRL's default, or train LoRA adapters.",
-                " and ".join(half),
-                self.args.learning_rate,
-            )
+        warn_of_half_precision(self)
 
     def _set_up_sharing(self, vision: list[str]) -> None:
         """What is computed once for all samples of a group, and for both roles."""

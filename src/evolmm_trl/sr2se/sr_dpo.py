@@ -27,6 +27,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin, TrainerCallback
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import use_adapter
 
 from ..data import ImagePaths, UnreadableImageError, decode_image
 from ..processing import load_processor, special_tokens
@@ -37,6 +38,7 @@ from ..role_adapters import (
     keep_adapters_precise,
     keep_gradients_on_cpu,
     vision_modules,
+    warn_of_half_precision,
     without_modules,
     without_vision,
 )
@@ -215,12 +217,14 @@ class SRDPOConfig(DPOConfig):
 class SRDPOTrainer(DPOTrainer):
     """
     TRL's [`~trl.DPOTrainer`] on preference pairs of descriptions (Eq. 27 to 29 of SR2SE). Beside it, it checks that the
-    image reaches policy and reference, takes the model as given for the reference under full training, keeps LoRA out of
-    the vision tower and adapters of a quantized base in float32. All else is inherited.
+    image reaches policy and reference, takes the model as given for the reference, keeps LoRA out of the vision tower and
+    adapters of a quantized base in float32. All else is inherited.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model to train, the SFT checkpoint. As given it is the reference, too.
+            The model to train, the SFT checkpoint. As given it is the reference, too. Of a `PeftModel` the adapter
+            `"default"` is trained on. Weights that are trained themselves must be in float32: in bfloat16 steps of the
+            paper's learning rate are lost.
         args ([`SRDPOConfig`], *optional*):
             The settings.
         train_dataset ([`~datasets.Dataset`]):
@@ -297,6 +301,11 @@ class SRDPOTrainer(DPOTrainer):
         if peft_config is None and isinstance(model, PreTrainedModel):
             reference = copy.deepcopy(model)
 
+        # TRL rounds what is trained on a quantized base to bfloat16
+        given = {}
+        if isinstance(model, PeftModel) and _is_quantized(model.get_base_model()):
+            given = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
         super().__init__(
             model=model,
             ref_model=reference,
@@ -310,15 +319,19 @@ class SRDPOTrainer(DPOTrainer):
             peft_config=peft_config,
         )
 
-        if quantization_config is not None:
-            check_quantized_modules(self.model)
-            keep_gradients_on_cpu(self.model)
         if isinstance(self.model, PeftModel):
             check_adapted_modules(self.model, vision, args.freeze_vision_tower)
+            if _is_quantized(self.model.get_base_model()):
+                check_quantized_modules(self.model)
+                keep_gradients_on_cpu(self.model)
             keep_adapters_precise(self.model)
+            for name, values in given.items():
+                for adapter in ("default", "ref"):
+                    self.model.get_parameter(name.replace(".default.", f".{adapter}.")).data.copy_(values)
         elif args.freeze_vision_tower:
             for name in vision:
                 self.model.get_submodule(name).requires_grad_(False)
+        warn_of_half_precision(self)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.accelerator.print(
             f"SR-DPO trains {trained:,} parameters on {len(train_dataset):,} pairs, {args.effective_batch_size} per step."
@@ -332,11 +345,17 @@ class SRDPOTrainer(DPOTrainer):
                 "Make it larger, or images smaller by `max_pixels`."
             )
         if not self._image_checked:
-            self._check_image_reaches_log_probs(model, inputs)
+            self._check_image_reaches_log_probs("policy", model, inputs)
+            if self.ref_model is not None:
+                self._check_image_reaches_log_probs("reference", self.ref_model, inputs)
+            elif isinstance(self.model, PeftModel):
+                adapted = self.accelerator.unwrap_model(self.model)
+                with use_adapter(adapted, "ref" if "ref" in adapted.peft_config else None):
+                    self._check_image_reaches_log_probs("reference", self.model, inputs)
             self._image_checked = True
         return super()._compute_loss(model, inputs, return_outputs)
 
-    def _check_image_reaches_log_probs(self, model, inputs) -> None:
+    def _check_image_reaches_log_probs(self, role: str, model, inputs) -> None:
         """Raises a `ValueError` unless other pixels give other log-probabilities."""
         if "pixel_values" not in inputs:
             raise ValueError(
@@ -351,11 +370,15 @@ class SRDPOTrainer(DPOTrainer):
         model.train(training)
         if torch.equal(seen, changed):
             raise ValueError(
-                "Other pixels give the same log-probabilities: the image does not reach the loss. Check the model's "
-                "processor and chat template."
+                f"Other pixels give the same log-probabilities of the {role}: the image does not reach the loss. Check the "
+                "model's processor and chat template."
             )
 
     def _log_probs(self, model, inputs) -> torch.Tensor:
         model_inputs = {k: v for k, v in inputs.items() if k != "completion_mask"}
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         return model(**model_inputs, labels=labels, fused_lm_head=True, use_cache=False).log_probs
+
+
+def _is_quantized(model: PreTrainedModel) -> bool:
+    return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
