@@ -16,8 +16,10 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +41,7 @@ from evolmm_trl.sr2se import (
     build_pairs,
 )
 from evolmm_trl.sr2se.generation import Completion, generate
-from evolmm_trl.sr2se.refinement import PairMaker, is_valid, states_answer
+from evolmm_trl.sr2se.refinement import PairMaker, is_valid, rows_and_digest, states_answer
 from evolmm_trl.sr2se.rows import BadRow, Row, read_rows
 
 
@@ -84,15 +86,18 @@ class Scripted(SubPolicies):
 
     def __init__(self, processor, looks: dict[str, list[str]], answers: dict[str, str]):
         super().__init__(None, processor, PROMPTS)
-        self.looks, self.answers, self.refined = looks, answers, []
+        self.looks, self.answers, self.refined, self.cut_off = looks, answers, [], set()
 
     def perceive(self, images, questions, temperature=0.0, seed=None):
-        return [Completion(self.looks[question][0], 3) for question in questions]
+        return [self._completion(self.looks[question][0], 3) for question in questions]
 
     def refine(self, images, questions, descriptions, temperature=0.0, seed=None):
         self.refined.append(list(zip(questions, descriptions, strict=True)))
         nexts = [self.looks[q][self.looks[q].index(d) + 1] for q, d in zip(questions, descriptions, strict=True)]
-        return [Completion(text, 5) for text in nexts]
+        return [self._completion(text, 5) for text in nexts]
+
+    def _completion(self, text, tokens):
+        return Completion(text, tokens, cut_off=text in self.cut_off)
 
     def answer_from_text(self, questions, descriptions, samples=1, temperature=0.0, seed=None):
         assert samples > 1 or temperature == 0
@@ -125,6 +130,36 @@ def test_a_pair_is_the_first_valid_refinement_and_the_original_description(polic
     expected = {"considered": 4, "initially_right": 1, "discarded": 1, "pairs": 2}
     assert expected.items() <= counts.items()
     assert (counts["chosen_tokens"], counts["rejected_tokens"], counts["chosen_longer"]) == (10, 6, 2)
+
+
+@pytest.mark.parametrize("cut", ["r1", "w1"])
+def test_a_description_that_was_cut_off_makes_no_pair(policies, rows, cut):
+    """SR-DPO scores the end token of both."""
+    scripted = Scripted(policies.processor, LOOKS, ANSWERS)
+    scripted.cut_off = {cut}
+    pairs, counts, _, _ = PairMaker(scripted, RefinementConfig())(rows, 0)
+    assert [pair["chosen"] for pair in pairs] == ["r2"]
+    assert (counts["cut_off"], counts["pairs"], counts["discarded"], counts["initially_right"]) == (1, 1, 1, 1)
+
+
+def test_pairs_left_out_for_being_cut_off_are_counted_and_said(policies, data, tmp_path, caplog):
+    short = SubPolicies(policies.model, policies.processor, PROMPTS, **{**SIZES, "max_perception_tokens": 4})
+    report = build_pairs(short, data, tmp_path / "pairs.jsonl", RefinementConfig(answer_leak="declared"))
+    assert report["cut_off"] > 0
+    for pair in read(tmp_path / "pairs.jsonl"):  # with their end tokens, which were written
+        tokens = policies.processor.tokenizer([pair["chosen"], pair["rejected"]])["input_ids"]
+        assert max(map(len, tokens)) < 4
+    assert f"{report['cut_off']} pairs were left out, since a description was cut off" in caplog.text
+    assert "max_perception_tokens=4" in caplog.text
+
+
+def test_shares_and_votes_that_make_no_sense_are_refused(policies):
+    for share in (80, 0, -0.5):
+        with pytest.raises(ValueError, match=f"`min_agreement` is {share}; expected a share"):
+            RefinementConfig(min_agreement=share)
+    for answers in (1, 0):
+        with pytest.raises(ValueError, match=f"`num_answers` is {answers}; expected at least 2"):
+            AgreementLabeller(policies, num_answers=answers)
 
 
 def test_the_gate_learns_from_the_first_descriptions_and_whether_they_suffice(policies, rows):
@@ -327,7 +362,7 @@ def test_a_datasets_paths_lead_into_its_root_alone(places, tmp_path, monkeypatch
     content = (places / "folder" / "sub" / "a.png").read_bytes()
     rows = [{"image": {"bytes": content, "path": str(places / "secret" / "s.png")}}]
     (row,) = read_rows(Dataset.from_list(rows), (), tmp_path / "written")
-    assert row.image_path == str(tmp_path / "written" / "00000000.png")
+    assert Path(row.image_path).parent == tmp_path / "written"
     assert PIL.Image.open(row.image_path).tobytes() == chart(1).image().tobytes()
 
 
@@ -347,8 +382,20 @@ def test_a_dataset_is_read_as_a_file_is(data, tmp_path, monkeypatch):
 def test_images_that_are_no_files_are_written_to_some(tmp_path):
     dataset = Dataset.from_list([{"image": chart(0).image(), "question": "q", "answer": 5}, {"image": None}])
     row, bad = read_rows(dataset, ("question", "answer"), tmp_path / "images")
-    assert row == Row(0, str(tmp_path / "images" / "00000000.png"), "q", "5") and Path(row.image_path).is_file()
+    assert row == Row(0, row.image_path, "q", "5") and Path(row.image_path).parent == tmp_path / "images"
+    assert PIL.Image.open(row.image_path).tobytes() == chart(0).image().tobytes()
     assert bad == BadRow(1, "row 1", "lacks image")
+
+
+def test_images_of_one_dataset_do_not_overwrite_those_of_another(tmp_path):
+    rows = []
+    for number in (0, 1):
+        dataset = Dataset.from_list([{"image": chart(number).image(), "question": "q", "answer": 5}] * 2)
+        rows.append(list(read_rows(dataset, (), tmp_path / "images")))
+    for number, both in enumerate(rows):
+        for row in both:
+            assert PIL.Image.open(row.image_path).tobytes() == chart(number).image().tobytes()
+    assert len(list((tmp_path / "images").iterdir())) == 2
 
 
 # A whole source
@@ -361,9 +408,10 @@ def test_pairs_and_report_of_a_real_model(policies, data, tmp_path):
     fields = ["image_path", "question", "ground_truth", "chosen", "rejected", "iteration"]
     assert pairs and all(list(pair) == fields for pair in pairs)
     assert all(Path(pair["image_path"]).is_file() and pair["iteration"] in (1, 2) for pair in pairs)
-    assert len(pairs) == report["pairs"] == sum(report["refined_by_iteration"].values()) - report["states_answer"]
+    left_out = report["states_answer"] + report["cut_off"]
+    assert len(pairs) == report["pairs"] == sum(report["refined_by_iteration"].values()) - left_out
     assert report["considered"] == 40
-    assert report["initially_right"] + report["pairs"] + report["states_answer"] + report["discarded"] == 40
+    assert report["initially_right"] + report["pairs"] + left_out + report["discarded"] == 40
     assert report["pair_yield"] == report["pairs"] / 40
     assert report["recovered"] == report["pairs"] / (40 - report["initially_right"])
     assert report["mean_chosen_tokens"] > 0
@@ -427,6 +475,59 @@ def test_other_settings_than_those_begun_with_are_refused(policies, data, tmp_pa
         file.write("\n")
     with pytest.raises(ValueError, match=r"other settings \(source_content\)"):
         build_pairs(policies, data, output, config)
+
+
+def test_a_folder_or_dataset_that_has_changed_is_refused(policies, data, tmp_path):
+    config, labeller = RefinementConfig(max_rows=2, max_refinements=0), AgreementLabeller(policies, ROLE_PROMPTS)
+    lines = [{**row, "image": str(data.parent / row["image"])} for row in read(data)[:3]]
+    dataset = Dataset.from_list(lines)
+    rooted = {"image_root": data.parent}
+    report = build_pairs(policies, dataset, tmp_path / "dataset.jsonl", config, **rooted)
+    assert build_pairs(policies, Dataset.from_list(lines), tmp_path / "dataset.jsonl", config, **rooted) == report
+    with pytest.raises(ValueError, match=r"other settings \(source_content\)"):
+        build_pairs(policies, dataset.select([2, 1, 0]), tmp_path / "dataset.jsonl", config, **rooted)
+
+    report = build_pairs(policies, data.parent, tmp_path / "folder.jsonl", config, labeller=labeller)
+    (data.parent / "gone.png").symlink_to(tmp_path / "nowhere")  # an image, too, if one that cannot be read
+    (data.parent / "gone.png").unlink()
+    assert build_pairs(policies, data.parent, tmp_path / "folder.jsonl", config, labeller=labeller) == report
+    for change in (
+        lambda: shutil.copy(data.parent / "000.png", data.parent / "000a.png"),
+        lambda: (data.parent / "000a.png").write_bytes(b"of another size"),
+        lambda: (data.parent / "001.png").unlink(),
+    ):
+        known = rows_and_digest(data.parent)
+        change()
+        assert rows_and_digest(data.parent) != known
+        with pytest.raises(ValueError, match=r"other settings \(source_content\)"):
+            build_pairs(policies, data.parent, tmp_path / "folder.jsonl", config, labeller=labeller)
+
+
+def test_a_file_added_in_the_middle_of_a_run_is_noticed_when_it_goes_on(policies, data, tmp_path, monkeypatch):
+    config, labeller = RefinementConfig(batch_size=1), AgreementLabeller(policies, ROLE_PROMPTS)
+    done = []
+
+    def stop(self, rows, batch, roll_out=False):
+        if done:
+            raise KeyboardInterrupt
+        done.append(batch)
+        return [], Counter(rows=1), [], None
+
+    monkeypatch.setattr(PairMaker, "__call__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build_pairs(policies, data.parent, tmp_path / "out" / "pairs.jsonl", config, labeller=labeller)
+    shutil.copy(data.parent / "000.png", data.parent / "00.png")  # the first from now on
+    with pytest.raises(ValueError, match=r"pairs.part-0-of-1.state.json .* other settings \(source_content\)"):
+        build_pairs(policies, data.parent, tmp_path / "out" / "pairs.jsonl", config, labeller=labeller)
+
+
+def test_pairs_do_not_replace_the_rows_that_they_are_made_of(policies, data, tmp_path):
+    before = data.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(data)
+    for output in (data, tmp_path / "link.jsonl", data.parent / ".." / "charts" / "data.jsonl"):
+        with pytest.raises(ValueError, match="the source itself"):
+            build_pairs(policies, data, output, RefinementConfig(max_rows=1))
+    assert data.read_bytes() == before
 
 
 def test_a_report_without_its_pairs_counts_for_nothing(policies, data, tmp_path):

@@ -39,11 +39,14 @@ class Completion:
         hidden (`torch.Tensor` or `None`):
             Shape `(hidden_size,)`, float32, on the CPU: the state of the last layer, after its norm, from which the
             completion's last token was predicted. That token is the end token unless the completion was cut off.
+        cut_off (`bool`):
+            Whether it came to `max_new_tokens` without an end token.
     """
 
     text: str
     tokens: int
     hidden: torch.Tensor | None = None
+    cut_off: bool = False
 
 
 def process_state() -> PartialState:
@@ -161,7 +164,8 @@ def generate(
 def _read(ids: torch.Tensor, states: list[torch.Tensor], ends: list[int], processor) -> list[Completion]:
     is_end = torch.isin(ids, torch.tensor(ends, device=ids.device))
     width = ids.shape[1]
-    lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, width).tolist()
+    ended = is_end.any(1)
+    lengths = torch.where(ended, is_end.int().argmax(1) + 1, width).tolist()
     texts = processor.batch_decode(
         [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)], skip_special_tokens=True
     )
@@ -169,4 +173,4 @@ def _read(ids: torch.Tensor, states: list[torch.Tensor], ends: list[int], proces
     if states:
         # The forward that predicts token t is the t-th one, the prefill the first.
         hidden = [states[length - 1][row].float().cpu().clone() for row, length in enumerate(lengths)]
-    return [Completion(*parts) for parts in zip(texts, lengths, hidden, strict=True)]
+    return [Completion(*parts) for parts in zip(texts, lengths, hidden, (~ended).tolist(), strict=True)]

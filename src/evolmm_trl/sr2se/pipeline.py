@@ -50,7 +50,7 @@ from ..role_adapters import (
 )
 from .early_exit import EarlyExitReasoner, GateRollouts, GateTrainingConfig, train_gate
 from .generation import chat_texts, process_state
-from .refinement import AgreementLabeller, RefinementConfig, build_pairs, lines_and_digest, write_json
+from .refinement import AgreementLabeller, RefinementConfig, build_pairs, rows_and_digest, write_json
 from .rows import BadRow, Row, paths_beside, read_rows, warn_of
 from .sr_dpo import SRDPOConfig, SRDPOTrainer, decoding_images, holds_special_token, load_preferences
 from .sub_policies import SubPolicies, SubPolicyPrompts
@@ -697,7 +697,7 @@ def _sft_dataset(file: str, processor, generation: dict, image_root: str | None)
 
 
 def _content_of(source: str | None) -> str | None:
-    return None if source is None else lines_and_digest(source)[1]
+    return None if source is None else rows_and_digest(source)[1]
 
 
 def _read_json(file: Path) -> dict:

@@ -23,6 +23,7 @@ import glob
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -36,7 +37,7 @@ from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from ..answers import canonical_answer
-from ..data import UnreadableImageError
+from ..data import UnreadableImageError, load_images
 from ..processing import special_tokens
 from ..prompts import RolePrompts, read_question
 from ..rollout.generation import sample_seed
@@ -45,6 +46,9 @@ from .early_exit import EarlyExitReasoner, GateRollouts, is_right
 from .generation import Completion, generate, process_state
 from .rows import BadRow, Row, read_rows, warn_of
 from .sub_policies import SubPolicies, answer_of
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,7 +71,8 @@ class RefinementConfig:
             `"declared"`: those that give it as the answer; take it where a description cannot but contain the answer,
             as in questions about one value that is read off.
         min_agreement (`float`, *optional*, defaults to `0.8`):
-            Without labels, the share of the majority among the N answers from which on it stands in for the truth.
+            Without labels, the share of the majority among the N answers from which on it stands in for the truth, above
+            0 and at most 1.
         max_rows (`int`, *optional*):
             How many rows of the source to take.
         batch_size (`int`, *optional*, defaults to `32`):
@@ -100,6 +105,11 @@ class RefinementConfig:
             raise ValueError(f"`answer_leak` is {self.answer_leak!r}; expected 'contains' or 'declared'.")
         if self.max_refinements < 0:
             raise ValueError(f"`max_refinements` is {self.max_refinements}; expected 0 or more.")
+        if not 0 < self.min_agreement <= 1:
+            raise ValueError(
+                f"`min_agreement` is {self.min_agreement}; expected a share of the answers above 0 and at most 1, such as "
+                "0.8."
+            )
 
 
 class AgreementLabeller:
@@ -112,7 +122,7 @@ class AgreementLabeller:
         prompts ([`RolePrompts`], *optional*):
             The prompts of both roles.
         num_answers (`int`, *optional*, defaults to `5`):
-            N.
+            N, at least 2.
         temperature (`float`, *optional*, defaults to `1.0`):
             Of questions and answers.
         max_question_tokens (`int`, *optional*, defaults to `128`), max_answer_tokens (`int`, *optional*, defaults to `128`):
@@ -128,6 +138,11 @@ class AgreementLabeller:
         max_question_tokens: int = 128,
         max_answer_tokens: int = 128,
     ):
+        if num_answers < 2:
+            raise ValueError(
+                f"`num_answers` is {num_answers}; expected at least 2: a single answer always agrees with itself, and would "
+                "be taken for the truth."
+            )
         self.policies = policies
         self.prompts = prompts or RolePrompts()
         self.num_answers = num_answers
@@ -367,6 +382,9 @@ class PairMaker:
                 if states_answer(latest[i].text, truths[i], config.answer_leak):
                     counts["states_answer"] += 1
                     continue
+                if first[i].cut_off or latest[i].cut_off:  # SR-DPO would score an end that was not written
+                    counts["cut_off"] += 1
+                    continue
                 # The loser is always the first description.
                 counts["pairs"] += 1
                 counts["chosen_tokens"] += latest[i].tokens
@@ -466,7 +484,8 @@ def build_pairs(
 
     Started under `torchrun` or `accelerate launch`, the processes share the work; the pairs are the same for any number
     of them. A run that was stopped goes on where it was: the same call does not repeat finished batches, and returns at
-    once if all is done. With other settings, other weights or another source it is an error.
+    once if all is done. With other settings, other weights or another source it is an error: a file is known by its
+    content, a folder by the names and sizes of its images, a dataset by its fingerprint. A stream is not known.
 
     Args:
         policies ([`SubPolicies`]):
@@ -475,7 +494,8 @@ def build_pairs(
             JSONL with `image`, `question` and `answer`, a folder of images, or a dataset; see [`read_rows`]. Read as a
             stream.
         output (`str` or `Path`):
-            The JSONL file to write; its report is `<output>.report.json`.
+            The JSONL file to write; its report is `<output>.report.json`. Images of a dataset that are no files are
+            written to the folder `images` beside it.
         config ([`RefinementConfig`], *optional*):
             The settings.
         labeller ([`AgreementLabeller`], *optional*):
@@ -492,13 +512,16 @@ def build_pairs(
         failed.
 
     Raises:
-        `ValueError`: if `output` was begun with other settings, or the folder of rollouts holds those of another run.
+        `ValueError`: if `output` is the source, or was begun with other settings, or the folder of rollouts holds those of
+        another run.
     """
     config = config or RefinementConfig()
     output = Path(output)
+    if isinstance(source, (str, Path)) and output.exists() and output.samefile(source):
+        raise ValueError(f"`output` is {str(output)!r}, the source itself, whose rows the pairs would replace.")
     state = process_state()
     report_file = output.with_name(output.name + ".report.json")
-    lines, content = (None, None) if isinstance(source, (Dataset, IterableDataset)) else lines_and_digest(source)
+    rows_in_all, content = rows_and_digest(source)
     settings = {
         "config": asdict(config),
         "policies": policies.settings(),
@@ -524,8 +547,7 @@ def build_pairs(
         rows = itertools.takewhile(lambda row: row.index < config.max_rows, rows)
     maker = PairMaker(policies, config, labeller, reasoner)
     part = _Part(output, state.process_index, state.num_processes, settings)
-    total = lines if lines is not None else len(source) if isinstance(source, Dataset) else config.max_rows
-    total = total if config.max_rows is None else min(total, config.max_rows)
+    total = min((n for n in (rows_in_all, config.max_rows) if n is not None), default=None)
     bar = tqdm(desc="pairs", unit="row", total=total, disable=not state.is_main_process)
     with part.open():
         for batch, group in _batches(rows, config.batch_size):
@@ -548,11 +570,21 @@ def build_pairs(
     return json.loads(report_file.read_text())
 
 
-def lines_and_digest(source: str | Path) -> tuple[int | None, str | None]:
-    """How many lines of a JSONL file are not empty, and what tells whether it is still the same; `None` for a folder."""
-    if not Path(source).is_file():
+def rows_and_digest(source: "str | Path | Dataset | IterableDataset") -> tuple[int | None, str | None]:
+    """How many rows a source has, and what tells whether it is still the same; `None` for a stream."""
+    if isinstance(source, Dataset):
+        return len(source), source._fingerprint
+    if isinstance(source, IterableDataset) or not Path(source).exists():
         return None, None
-    lines, digest = 0, hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
+    if Path(source).is_dir():
+        names = load_images(source, streaming=False)["image_id"]
+        for name in names:
+            file = Path(source) / name
+            size = file.stat().st_size if file.exists() else None  # a link to nowhere
+            digest.update(f"{name}\0{size}\0".encode())
+        return len(names), digest.hexdigest()
+    lines = 0
     with open(source, "rb") as file:
         for line in file:
             lines += bool(line.strip())
@@ -660,6 +692,12 @@ def _merge(output: Path, report_file: Path, processes: int, settings: dict) -> N
     os.replace(temporary, output)
     counts = sum((part.counts for part in parts), Counter())
     skipped = sorted(bad for part in parts for bad in part.skipped)
+    if counts["cut_off"]:
+        logger.warning(
+            "%d pairs were left out, since a description was cut off at max_perception_tokens=%d. Raise it to have them.",
+            counts["cut_off"],
+            settings["policies"]["max_perception_tokens"],
+        )
     write_json(report_file, _report(counts, skipped, settings))
     for part in parts:
         part.file.unlink()
@@ -671,7 +709,7 @@ def _report(counts: Counter, skipped: list, settings: dict) -> dict:
         return counts[part] / whole if whole else None
 
     usable = counts["rows"] - len(skipped)
-    names = ("rows", "considered", "initially_right", "discarded", "states_answer", "pairs")
+    names = ("rows", "considered", "initially_right", "discarded", "states_answer", "cut_off", "pairs")
     report = {name: counts[name] for name in names}
     report |= {
         "skipped": dict(Counter(reason for _, _, reason in skipped)),

@@ -25,6 +25,7 @@ from datasets import Dataset, Image, IterableDataset
 
 from ..answers import canonical_answer
 from ..data import ImagePaths, UnreadableImageError, decode_image, load_images
+from ..thumbnails import image_digest
 
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def read_rows(
         needed (`tuple[str, ...]`):
             Which of `question` and `answer` a row must have.
         image_folder (`str` or `Path`):
-            Where images of a dataset that are no files on this machine are written to.
+            Where images of a dataset that are no files on this machine are written to, under names that their pixels give.
         image_root (`str` or `Path`, *optional*):
             Folder that paths in rows start from and may not leave. Without it the paths in JSONL start from the file's
             folder and may lead into it or the working directory, those in a dataset into the working directory.
@@ -169,11 +170,12 @@ def _read_dataset(dataset, needed: tuple[str, ...], image_folder: Path, paths: I
         except UnreadableImageError as error:
             yield BadRow(index, where, f"unreadable image: {error.reason}")
             continue
-        file = image_folder.absolute() / f"{index:08d}.png"
-        image_folder.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")  # every process reads all rows
-        decoded.save(temporary, "PNG")
-        os.replace(temporary, file)
+        file = image_folder.absolute() / f"{image_digest(decoded)}.png"
+        if not file.is_file():
+            image_folder.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(f".{os.getpid()}.tmp")  # every process reads all rows
+            decoded.save(temporary, "PNG")
+            os.replace(temporary, file)
         yield _row(index, where, str(file), record, needed)
 
 
