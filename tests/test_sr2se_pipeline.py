@@ -14,6 +14,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +23,15 @@ import pytest
 import torch
 import yaml
 from charts import VAL_SEEDS, labelled_questions
+from engines import TORCHRUN, environment
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from test_sr2se_refinement import DEMO, ROOT, write_charts
 from transformers import AutoModelForImageTextToText
 
 from evolmm_trl import cli
 from evolmm_trl.sr2se import SR2SEConfig, run_pipeline
-from evolmm_trl.sr2se.pipeline import _Run, _sft_dataset, load_run
+from evolmm_trl.sr2se.pipeline import _load, _Run, _sft_dataset, load_run
 from evolmm_trl.sr2se.refinement import write_json
 
 
@@ -79,8 +83,17 @@ def run(tmp_path_factory, data):
     return folder
 
 
-def weights(folder) -> dict[str, torch.Tensor]:
-    return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+def weights(model) -> dict[str, torch.Tensor]:
+    """The weights that a model, or the one in a folder, computes with, adapters added to those that they adapt."""
+    if isinstance(model, (str, Path)):
+        model = _load(BASE, str(model), dtype="float32")[0]
+    found = {name: p.detach().double() for name, p in model.state_dict().items() if ".lora_" not in name}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            found[f"{name}.base_layer.weight"] = (
+                found[f"{name}.base_layer.weight"] + layer.get_delta_weight("default").detach().double()
+            )
+    return {name.removeprefix("base_model.model.").replace(".base_layer", ""): p for name, p in found.items()}
 
 
 def done(run) -> dict[str, int]:
@@ -116,18 +129,12 @@ def test_each_training_stage_changes_the_language_model_alone(run):
 def test_the_final_gate_is_fitted_on_the_final_model(run):
     folder = run / "run" / "round-1"
     states = [
-        torch.cat([load["hidden"] for load in map(_load, sorted((folder / stage / "rollouts").iterdir()))])
+        torch.cat([load_file(file)["hidden"] for file in sorted((folder / stage / "rollouts").iterdir())])
         for stage in ("pairs", "final_gate")
     ]
     assert states[0].shape == states[1].shape and not torch.allclose(*states)
     reports = json.loads((run / "run" / "run.json").read_text())["stages"]
     assert reports["round-1/final_gate"]["model"].endswith("round-1/dpo/model")
-
-
-def _load(file):
-    from safetensors.torch import load_file
-
-    return load_file(str(file))
 
 
 def test_finished_stages_are_skipped_and_others_refused_with_other_settings(run, capsys):
@@ -242,21 +249,21 @@ def test_training_goes_on_from_the_last_whole_checkpoint_of_the_same_settings(da
     pretend(config, ["pairs"])
     folder = tmp_path / "run" / "round-1" / "dpo" / "trainer"
     trainer = StandInTrainer(folder)
-    _Run(config)._train(trainer, BASE, "dpo", 1)
+    _Run(config)._train(trainer, "dpo", 1)
     assert trainer.resumed is None
     for step in (9, 10, 100):
         (folder / f"checkpoint-{step}").mkdir(parents=True)
         (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     (folder / "checkpoint-100" / "trainer_state.json").write_text('{"global_')  # killed while it wrote
     (folder / "checkpoint-200").mkdir()
-    _Run(config)._train(trainer, BASE, "dpo", 1)
+    _Run(config)._train(trainer, "dpo", 1)
     assert trainer.resumed == str(folder / "checkpoint-10")
     assert "checkpoint-100 is not complete" in caplog.text and "checkpoint-200 is not complete" in caplog.text
     other = SR2SEConfig(**settings(tmp_path, data, dpo={**TRAINING, "learning_rate": 1.0}))
     with pytest.raises(ValueError, match=r"Stage dpo of round 1 was begun with other settings \(dpo\)"):
-        _Run(other)._train(trainer, BASE, "dpo", 1)
+        _Run(other)._train(trainer, "dpo", 1)
     shutil.rmtree(folder)  # nothing to go on from
-    _Run(other)._train(trainer, BASE, "dpo", 1)
+    _Run(other)._train(trainer, "dpo", 1)
     assert trainer.resumed is None
 
 
@@ -269,14 +276,175 @@ def test_a_folder_of_images_is_enough(data, tmp_path):
     assert summary["stages"]["round-1/dpo"]["pairs"] > 0 and summary["gate"]
 
 
-def test_full_weights_can_be_trained(data, tmp_path):
-    config = SR2SEConfig(**settings(tmp_path, data, lora=None, sft_data=str(data)))
-    run_pipeline(config, ["sft", "pairs", "dpo"])
+def with_pairs(run: Path, **changes) -> SR2SEConfig:
+    """A run that has the pairs of another one."""
+    config = SR2SEConfig(**changes)
+    pretend(config, ["pairs"])
+    shutil.copy(run / "run" / "round-1" / "pairs" / "pairs.jsonl", Path(config.output_dir) / "round-1" / "pairs")
+    return config
+
+
+def movement(model, base: dict[str, torch.Tensor]) -> torch.Tensor:
+    """How far the weights of the language model are from the base's, one after the other."""
+    now = weights(model)
+    return torch.cat([(now[name] - base[name]).flatten() for name in base if "visual" not in name])
+
+
+# What the paper trains with; the last two make each of few steps as large as the first
+PAPERS = {**TRAINING, "learning_rate": 5e-7, "warmup_steps": 0, "lr_scheduler_type": "constant", "max_steps": 3}
+
+
+@pytest.mark.parametrize("lora", [{"r": 4}, None], ids=["lora", "full"])
+def test_what_is_trained_in_bfloat16_at_the_papers_learning_rate_is_what_answers(
+    run, data, tmp_path, monkeypatch, lora
+):
+    """In bfloat16 a step at 5e-7 is smaller than half the distance to the next number."""
+    trainers, used = [], []
+    train, build = _Run._train, _Run._build
+    monkeypatch.setattr(_Run, "_train", lambda self, trainer, *a: trainers.append(trainer) or train(self, trainer, *a))
+    monkeypatch.setattr(_Run, "_build", lambda self, *a: used.append(a[0].model) or build(self, *a))
+    changes = {"lora": lora, "dpo": PAPERS, "gate_rows": 16}
+    config = with_pairs(run, **settings(tmp_path, data, dtype="bfloat16", **changes))
+    summary = run_pipeline(config, ["dpo", "final_gate"])
+    base = weights(AutoModelForImageTextToText.from_pretrained(BASE, dtype="float32" if lora is None else "bfloat16"))
+    trained = movement(trainers[0].model, base)
+    used.append(load_run(tmp_path / "run").policies.model)
+    for model in used:
+        assert (movement(model, base) - trained).norm() < 1e-6 * trained.norm()
+    assert summary["dtype"] == ("float32" if lora is None else "bfloat16")
+    if lora is None:
+        exact = with_pairs(run, **settings(tmp_path / "exact", data, **changes))
+        run_pipeline(exact, ["dpo"])
+        moved = [(steps != 0).double().mean().item() for steps in (trained, movement(trainers[1].model, base))]
+        assert moved[0] == pytest.approx(moved[1], rel=0.02) and moved[1] > 0.5
+        # The next round starts from it, too
+        again = SR2SEConfig(**settings(tmp_path, data, dtype="bfloat16", rounds=2, **changes))
+        monkeypatch.setattr(_Run, "_forerunners", lambda *args: [])
+        assert torch.equal(movement(_Run(again)._policies(_Run(again)._start_model(2)).model, base), trained)
+
+
+def test_full_weights_can_be_trained(run, data, tmp_path):
+    config = with_pairs(run, **settings(tmp_path, data, lora=None, sft_data=str(data)))
+    shutil.rmtree(tmp_path / "run")
+    run_pipeline(config, ["sft"])
+    with_pairs(run, **vars(config))
+    run_pipeline(config, ["dpo"])
     folder = tmp_path / "run" / "round-1"
-    assert not (folder / "dpo" / "adapter").exists()
     before, after = weights(folder / "sft" / "model"), weights(folder / "dpo" / "model")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and not any("visual" in name for name in moved)
+
+
+def test_weights_that_an_engine_saves_rounded_are_warned_of(data, tmp_path, caplog):
+    config = SR2SEConfig(**settings(tmp_path, data, lora=None))
+    trainer = StandInTrainer(tmp_path / "run" / "round-1" / "sft" / "trainer")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert "is rounded" not in caplog.text
+        trainer.save_model = lambda folder, dtype=dtype: _save(Path(folder), torch.ones(2, dtype=dtype))
+        _Run(config)._train(trainer, "sft", 1)
+    assert "is saved in BF16" in caplog.text
+
+
+def _save(folder: Path, weight: torch.Tensor) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"weight": weight}, folder / "model.safetensors")
+
+
+def test_a_base_in_4_bits_is_trained_from_stage_to_stage(run, data, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = SR2SEConfig(**settings(tmp_path, data, sft_data=str(data), load_in_4bit=True))
+    run_pipeline(config, ["sft"])
+    with_pairs(run, **vars(config))
+    report = run_pipeline(config, ["dpo"])["stages"]["round-1/dpo"]
+    assert report["steps"] == 2
+    base = weights(BASE)
+    sft, dpo = (movement(tmp_path / "run" / "round-1" / stage / "model", base) for stage in ("sft", "dpo"))
+    # SR-DPO trains on the adapter that was fine-tuned: it moves less far from there than that is from the base
+    assert 0 < (dpo - sft).norm() < sft.norm()
+
+
+def test_fine_tuning_sees_the_image_and_scores_the_answer_alone(data, tmp_path, monkeypatch):
+    trainers = []
+    monkeypatch.setattr(_Run, "_train", lambda self, trainer, *args: trainers.append(trainer))
+    sft = {**TRAINING, "logging_steps": 1}
+    _Run(SR2SEConfig(**settings(tmp_path, data, sft_data=str(data), sft=sft)))._sft(1)
+    trainer = trainers[0]
+    batch = next(iter(trainer.get_train_dataloader()))
+    answers = {json.loads(line)["answer"] + "<|im_end|>" for line in data.read_text().splitlines()}
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        assert trainer.processing_class.decode(ids[labels != -100]) in answers
+    trainer.model.eval()
+    with torch.no_grad():
+        losses = [
+            trainer.compute_loss(trainer.model, {**batch, "pixel_values": pixels}).item()
+            for pixels in (batch["pixel_values"], 1 - batch["pixel_values"])
+        ]
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+def test_without_rollouts_that_teach_a_gate_the_run_goes_on_and_says_why(run, data, tmp_path, caplog, capsys):
+    config = with_pairs(run, **settings(tmp_path, data, gate={"held_out": 0.001}))
+    rollouts = tmp_path / "run" / "round-1" / "pairs" / "rollouts"
+    shutil.copytree(run / "run" / "round-1" / "pairs" / "rollouts", rollouts)
+    summary = run_pipeline(config, ["gate", "dpo", "final_gate"])
+    reports = summary["stages"]
+    assert reports["round-1/dpo"]["steps"] == 2
+    for stage in ("gate", "final_gate"):
+        assert "too few to hold out" in reports[f"round-1/{stage}"]["not_trained"]
+    assert summary["gate"] is None and "too few to hold out" in summary["no_gate"]
+    assert caplog.text.count("No gate is trained, and the run goes on without one: ") == 2
+    command = ["sr2se", "answer", str(tmp_path / "run"), "--image", str(data.parent / "000.png"), "--question", "q"]
+    assert cli.main(command) == 1
+    assert "none could be trained. There are rollouts of 48 questions" in capsys.readouterr().err
+    # A gate that is trained later, such as on more rows, counts
+    (tmp_path / "run" / "round-1" / "final_gate" / "done.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "round-1" / "final_gate")
+    assert run_pipeline(config, ["pairs"])["no_gate"] is None
+
+
+def test_no_rollouts_are_no_gate(data, tmp_path):
+    made = _Run(SR2SEConfig(**settings(tmp_path, data)))
+    assert "no row of the data" in made._fit_gate(tmp_path / "nowhere", tmp_path, BASE)["not_trained"]
+
+
+def test_two_processes_come_to_the_same_outcome(data, tmp_path):
+    stages, outcomes = ["pairs", "gate", "dpo"], []
+    for processes in (1, 2):
+        (tmp_path / str(processes)).mkdir()
+        # Two pairs per step; with Adam's usual epsilon, a gradient of nothing but rounding is as large a step as any
+        dpo = {**TRAINING, "per_device_train_batch_size": 2 // processes, "adam_epsilon": 1e-4}
+        changes = {"refinement": {"batch_size": 16, "answer_leak": "declared"}, "max_steps": 2, "dpo": dpo}
+        values = settings(tmp_path / str(processes), data, **changes)
+        if processes == 1:
+            run_pipeline(SR2SEConfig(**values), stages)
+        else:
+            (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+            command = [*TORCHRUN, "--module", "evolmm_trl.cli", "sr2se", "run", str(tmp_path / "run.yaml")]
+            done = subprocess.run(
+                [sys.executable, "-m", *command, *(part for stage in stages for part in ("--stage", stage))],
+                env=environment(),
+                timeout=1200,
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr[-4000:]
+            assert '"round-1/dpo"' in done.stdout
+            assert done.stdout.count("2 per step") == 1
+        outcome = tmp_path / str(processes) / "run" / "round-1"
+        outcomes.append(
+            (
+                (outcome / "pairs" / "pairs.jsonl").read_text(),
+                load_file(outcome / "gate" / "gate" / "gate.safetensors"),
+                load_file(outcome / "dpo" / "model" / "adapter_model.safetensors"),
+            )
+        )
+    (pairs, gate, adapter), (pairs_of_two, gate_of_two, adapter_of_two) = outcomes
+    assert pairs and pairs == pairs_of_two
+    for one, two in ((gate, gate_of_two), (adapter, adapter_of_two)):
+        assert one.keys() == two.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+    assert any(p.abs().max() > 1e-4 for name, p in adapter.items() if "lora_B" in name)
 
 
 # Answering
@@ -358,8 +526,6 @@ def test_half_a_command_is_refused(run, capsys):
 
 
 def test_help_needs_no_torch(capsys, monkeypatch):
-    import subprocess
-
     code = "import sys; from evolmm_trl import cli\ntry: cli.main(['sr2se', 'run', '--help'])\nexcept SystemExit: print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--stage" in result.stdout and result.stdout.rstrip().endswith("False")
@@ -501,6 +667,80 @@ def test_the_authors_json_is_read(data, tmp_path):
     assert (dpo.beta, dpo.learning_rate, dpo.per_device_train_batch_size, dpo.warmup_steps) == (0.2, 5e-7, 8, 0.1)
     assert (sft.learning_rate, sft.max_length, sft.logging_steps, dpo.logging_steps) == (5e-5, 1024, 10, 10)
     assert config.seed == 1
+
+
+# The names and values of the authors' configs/default_config.json; the prompt is worded anew
+DEFAULTS = {
+    "model": {
+        "model_name_or_path": "Qwen/Qwen-VL-Chat",
+        "use_flash_attention": True,
+        "bf16": True,
+        "gradient_checkpointing": True,
+        "lora_rank": 0,
+        "lora_alpha": 16,
+        "device_map": "auto",
+    },
+    "hsr_ee": {
+        "confidence_threshold": 0.7,
+        "max_reasoning_steps": 5,
+        "length_penalty_lambda": 0.1,
+        "confidence_head_hidden_dim": 256,
+        "adaptive_threshold": True,
+        "threshold_lr": 0.001,
+    },
+    "ipr": {
+        "max_refinement_iterations": 2,
+        "refinement_prompt_template": "'{perception}' was not enough. Look again.",
+        "discard_failed_samples": True,
+        "num_samples": 50000,
+    },
+    "sr_dpo": {
+        "beta": 0.1,
+        "learning_rate": 5e-7,
+        "batch_size": 64,
+        "num_epochs": 3,
+        "gradient_accumulation_steps": 4,
+        "max_seq_length": 2048,
+        "warmup_ratio": 0.1,
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+    },
+    "sft": {
+        "num_epochs": 1,
+        "learning_rate": 5e-5,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "dataset_name": "llava_instruct_150k",
+        "max_seq_length": 2048,
+    },
+    "output_dir": "./output",
+    "sft_output_dir": "./output/sft_ckpt",
+    "ipr_data_dir": "./output/ipr_data",
+    "hsr_ee_output_dir": "./output/hsr_ee_ckpt",
+    "sr_dpo_output_dir": "./output/sr_dpo_ckpt",
+    "eval_output_dir": "./output/eval_results",
+    "logging_steps": 10,
+    "save_steps": 500,
+    "eval_steps": 500,
+    "seed": 42,
+}
+
+
+def test_the_authors_defaults_are_read_and_what_they_lead_to_is_said(data, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "default_config.json").write_text(json.dumps(DEFAULTS))
+    changes = [f"data={data}", "sft.use_cpu=true", "dpo.use_cpu=true"]
+    config = SR2SEConfig.from_file("default_config.json", changes)
+    assert (config.model, config.dtype, config.sft_data, config.lora) == ("Qwen/Qwen-VL-Chat", "bfloat16", None, None)
+    assert config.gate_config().threshold_learning_rate == 0.001
+    assert config.dpo_config(tmp_path).effective_batch_size == 256
+    assert caplog.text.count("sft.dataset_name is 'llava_instruct_150k', which is no file here") == 1
+    assert caplog.text.count("hsr_ee.threshold_lr is 0.001, at which tau stays about where it starts") == 1
+    assert "set gate.threshold_learning_rate=0.02" in caplog.text
+    shutil.copy(data, tmp_path / "llava_instruct_150k")
+    caplog.clear()
+    assert SR2SEConfig.from_file("default_config.json", changes).sft_data == "llava_instruct_150k"
+    assert "dataset_name" not in caplog.text
 
 
 def test_an_unknown_name_in_the_authors_json_is_refused(tmp_path):

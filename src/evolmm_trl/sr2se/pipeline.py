@@ -34,6 +34,7 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -48,6 +49,7 @@ from ..role_adapters import (
     without_modules,
     without_vision,
 )
+from ..solver import load_solver
 from .early_exit import EarlyExitReasoner, GateRollouts, GateTrainingConfig, train_gate
 from .generation import chat_texts, process_state
 from .refinement import AgreementLabeller, RefinementConfig, build_pairs, rows_and_digest, write_json
@@ -84,11 +86,13 @@ class SR2SEConfig:
             Folder that image paths in `data` and `sft_data` start from and may not leave. Without it they start from the
             file's folder and may lead into it or the working directory.
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
-            Of the model. Training uses bf16 where it is `"bfloat16"`.
+            Of the base model. Training uses bf16 where it is `"bfloat16"`. Weights that are trained themselves are in
+            float32 from then on, since less would lose small steps: in training, on the disk and in use.
         attn_implementation (`str`, *optional*):
             As in `from_pretrained`.
         lora (`dict`, *optional*):
-            Fields of [`~peft.LoraConfig`], such as `r`. Without it all weights are trained.
+            Fields of [`~peft.LoraConfig`], such as `r`. One adapter is trained on from stage to stage, and never merged,
+            which would round it. Without it all weights are trained.
         load_in_4bit (`bool`, *optional*, defaults to `False`):
             Whether to train LoRA on a base in 4 bits (QLoRA).
         max_steps (`int`, *optional*, defaults to `5`):
@@ -238,13 +242,14 @@ class SR2SEConfig:
     def dpo_config(self, folder: Path) -> SRDPOConfig:
         return SRDPOConfig(**{**self._training_defaults(folder), **self.dpo})
 
-    def model_kwargs(self) -> dict:
-        return {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
+    def model_kwargs(self, all_weights_trained: bool) -> dict:
+        dtype = "float32" if all_weights_trained else self.dtype
+        return {"dtype": dtype, "attn_implementation": self.attn_implementation}
 
     def _training_defaults(self, folder: Path) -> dict:
         return {
             "output_dir": str(folder),
-            "model_init_kwargs": self.model_kwargs(),
+            "model_init_kwargs": self.model_kwargs(self.lora is None),
             "bf16": self.dtype == "bfloat16",
             "report_to": "none",
             "seed": self.seed,
@@ -297,7 +302,6 @@ _AUTHORS_NAMES = {
         "batch_size": "sft.per_device_train_batch_size",
         "gradient_accumulation_steps": "sft.gradient_accumulation_steps",
         "max_seq_length": "sft.max_length",
-        "dataset_name": "sft_data",
     },
 }
 # Where things are written and on which device follows from `output_dir` and the launcher here.
@@ -336,6 +340,15 @@ def from_authors_config(authors: dict) -> dict:
                         put("lora.lora_alpha", content.get("lora_alpha", value))
                 elif (section, name) == ("model", "lora_alpha"):
                     pass  # with lora_rank
+                elif (section, name) == ("sft", "dataset_name"):
+                    if Path(value).exists():
+                        put("sft_data", value)
+                    else:
+                        logger.warning(
+                            "sft.dataset_name is %r, which is no file here, and there is no stage sft without one. For it set "
+                            "`sft_data` to JSONL with image, question and answer.",
+                            value,
+                        )
                 elif (section, name) == ("ipr", "refinement_prompt_template"):
                     # Their code appends the question.
                     template = value.replace("{perception}", "{description}")
@@ -356,6 +369,14 @@ def from_authors_config(authors: dict) -> dict:
             unused.append(section)
         else:
             raise ValueError(f"Unknown name in the authors' layout: {section}.")
+    rate = ours.get("gate", {}).get("threshold_learning_rate")
+    if rate is not None and rate <= 1e-3 and ours["gate"].get("learn_threshold", True):
+        logger.warning(
+            "hsr_ee.threshold_lr is %g, at which tau stays about where it starts. For a tau that is learned set "
+            "gate.threshold_learning_rate=%g.",
+            rate,
+            GateTrainingConfig.threshold_learning_rate,
+        )
     if unused:
         logger.warning("Not used here: %s. Everything is written under `output_dir`.", ", ".join(unused))
     return ours
@@ -400,6 +421,8 @@ class _Run:
         self.folder = Path(config.output_dir)
         self.state = process_state()
         self.contents = {name: _content_of(getattr(config, name)) for name in ("data", "sft_data")}
+        local = Path(config.model).exists()
+        self.base = str(Path(config.model).absolute()) if local else config.model
 
     def do(self, stage: str, number: int) -> None:
         marker = self._marker(stage, number)
@@ -421,22 +444,21 @@ class _Run:
     def summary(self) -> dict:
         """What is done, and where its model and gate are. The file names them from the run's folder, which may be moved."""
         done = {}
-        last = {"model": self.config.model, "gate": None}
+        last = {"base": self.base, "model": self.base, "gate": None, "no_gate": None}
         for number in range(1, self.config.rounds + 1):
             for stage in STAGES:
                 if self._marker(stage, number).is_file():
                     done[f"round-{number}/{stage}"] = _read_json(self._marker(stage, number))["report"]
                     if stage in ("sft", "dpo"):
                         last["model"] = f"round-{number}/{stage}/model"
-                    if stage == "dpo":
-                        last["gate"] = None  # the earlier gate read another model's hidden states
+                    if stage == "dpo":  # the earlier gate read another model's hidden states
+                        last |= {"gate": None, "no_gate": None}
                     elif stage in ("gate", "final_gate"):
-                        last["gate"] = f"round-{number}/{stage}/gate"
-        config = self.config
+                        why = (done[f"round-{number}/{stage}"] or {}).get("not_trained")
+                        last |= {"gate": None if why else f"round-{number}/{stage}/gate", "no_gate": why}
         how = {
-            "generation": config.generation,
-            "dtype": config.dtype,
-            "attn_implementation": config.attn_implementation,
+            "generation": self.config.generation,
+            **self._model_kwargs(last["model"]),
             "stages": done,
         }
         if self.state.is_main_process:
@@ -529,7 +551,7 @@ class _Run:
         quantization = config.quantization_config()
         model = config.model
         if config.lora is None:
-            model = AutoModelForImageTextToText.from_pretrained(config.model, **config.model_kwargs())
+            model = AutoModelForImageTextToText.from_pretrained(config.model, **args.model_init_kwargs)
             for name in vision:
                 model.get_submodule(name).requires_grad_(False)
             args.model_init_kwargs = None
@@ -546,7 +568,7 @@ class _Run:
         if isinstance(trainer.model, PeftModel):
             check_adapted_modules(trainer.model, vision, freeze_vision_tower=True)
             keep_adapters_precise(trainer.model)
-        self._train(trainer, config.model, "sft", number)
+        self._train(trainer, "sft", number)
         return {"rows": len(dataset), "skipped": skipped, **_last_log(trainer)}
 
     def _pairs(self, number: int) -> dict:
@@ -561,8 +583,7 @@ class _Run:
     def _dpo(self, number: int) -> dict:
         config, folder = self.config, self._marker("dpo", number).parent
         pairs = self._needed("pairs", number) / "pairs.jsonl"
-        base = self._start_model(number)
-        processor = load_processor(base)
+        processor = load_processor(config.model)
         dataset = load_preferences(
             pairs,
             processor,
@@ -570,15 +591,25 @@ class _Run:
             config.generation.get("max_pixels", 1_003_520),
             self._image_paths(),
         )
+        args = config.dpo_config(folder / "trainer")
+        model, quantization, lora = self._start_model(number), config.quantization_config(), config.lora_config()
+        if _is_adapter(model):
+            if quantization is not None:
+                quantization = without_vision(quantization, vision_modules(config.model, args.trust_remote_code))
+            base = AutoModelForImageTextToText.from_pretrained(
+                config.model, quantization_config=quantization, **args.model_init_kwargs
+            )
+            model = PeftModel.from_pretrained(base, model, is_trainable=True)
+            args.model_init_kwargs = quantization = lora = None
         trainer = SRDPOTrainer(
-            model=base,
-            args=config.dpo_config(folder / "trainer"),
+            model=model,
+            args=args,
             train_dataset=dataset,
             processing_class=processor,
-            quantization_config=config.quantization_config(),
-            peft_config=config.lora_config(),
+            quantization_config=quantization,
+            peft_config=lora,
         )
-        self._train(trainer, base, "dpo", number)
+        self._train(trainer, "dpo", number)
         return {"pairs": len(dataset), **_last_log(trainer)}
 
     def _final_gate(self, number: int) -> dict:
@@ -605,13 +636,15 @@ class _Run:
             return ImagePaths(self.config.image_root)
         return paths_beside(data, self.config.image_root)
 
+    def _model_kwargs(self, model: str) -> dict:
+        """How to load a model of this run, or the base, to answer with."""
+        trained = model not in (self.base, self.config.model)
+        return self.config.model_kwargs(trained and self.config.lora is None)
+
     def _policies(self, model: str) -> SubPolicies:
-        loaded = AutoModelForImageTextToText.from_pretrained(model, **self.config.model_kwargs())
+        loaded, processor = _load(self.config.model, model, **self._model_kwargs(model))
         return SubPolicies(
-            loaded.to(self.state.device),
-            load_processor(model),
-            self.config.sub_policy_prompts(),
-            **self.config.generation,
+            loaded.to(self.state.device), processor, self.config.sub_policy_prompts(), **self.config.generation
         )
 
     def _build(self, policies: SubPolicies, folder: Path, config: RefinementConfig) -> dict:
@@ -638,16 +671,21 @@ class _Run:
             return None
         files = sorted(rollouts.glob("*.safetensors"))
         if not files:
-            raise FileNotFoundError(f"There are no rollouts in {rollouts}: no row of the data could be used.")
-        gate, report = train_gate(
-            GateRollouts.cat([GateRollouts.load(file) for file in files]), self.config.gate_config()
-        )
+            return _without_gate(f"There are no rollouts in {rollouts}: no row of the data could be used.")
+        rolled_out, config = GateRollouts.cat([GateRollouts.load(file) for file in files]), self.config.gate_config()
+        try:
+            gate, report = train_gate(rolled_out, config)
+        except ValueError as error:  # rollouts that cannot teach it anything
+            return _without_gate(str(error))
         prompts = self.config.sub_policy_prompts().to_dict()
         gate.save_pretrained(folder / "gate", max_steps=self.config.max_steps, prompts=prompts)
         return {**report, "model": model}
 
-    def _train(self, trainer, base: str, stage: str, number: int) -> None:
-        """Trains, from the last checkpoint if there is one, and saves a model that stands alone under `folder/model`."""
+    def _train(self, trainer, stage: str, number: int) -> None:
+        """
+        Trains, from the last checkpoint if there is one, and saves the adapter, or else the whole model, under
+        `folder/model`.
+        """
         folder = self._marker(stage, number).parent
         begun, settings = folder / "begun.json", self._settings(stage, number)
         checkpoint = _last_checkpoint(Path(trainer.args.output_dir))
@@ -664,17 +702,19 @@ class _Run:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(begun, settings)
         trainer.train(resume_from_checkpoint=checkpoint)
-        if isinstance(trainer.model, PeftModel):
-            trainer.save_model(str(folder / "adapter"))
-            if self.state.is_main_process:
-                # Merged into the base in full precision: a base in 4 bits would round the adapter away.
-                model = AutoModelForImageTextToText.from_pretrained(base, **self.config.model_kwargs())
-                model = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
-                model.save_pretrained(folder / "model")
-                load_processor(base).save_pretrained(folder / "model")
-        else:
-            trainer.save_model(str(folder / "model"))
+        if isinstance(trainer.model, PeftModel) and "ref" in trainer.model.peft_config:
+            trainer.model.delete_adapter("ref")  # SR-DPO's reference, where the adapter came from
+        trainer.save_model(str(folder / "model"))
         self.state.wait_for_everyone()
+        rounded = _saved_dtypes(folder / "model") - {"F32"}
+        if rounded and self.state.is_main_process:
+            logger.warning(
+                "%s is saved in %s, as DeepSpeed does with bf16: what was trained is rounded, and small steps are lost. "
+                "Launch with DDP or FSDP2, or set bf16=False in the section %s.",
+                folder / "model",
+                " and ".join(sorted(rounded)),
+                stage,
+            )
 
 
 def _sft_dataset(file: str, processor, generation: dict, image_root: str | None) -> tuple[Dataset, int]:
@@ -698,6 +738,28 @@ def _sft_dataset(file: str, processor, generation: dict, image_root: str | None)
 
 def _content_of(source: str | None) -> str | None:
     return None if source is None else rows_and_digest(source)[1]
+
+
+def _saved_dtypes(model: Path) -> set[str]:
+    dtypes = set()
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            dtypes |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+    return dtypes
+
+
+def _is_adapter(model: str) -> bool:
+    return (Path(model) / "adapter_config.json").is_file()
+
+
+def _load(base: str, model: str, **kwargs):
+    """A model of a run to answer with, and its processor. An adapter is not merged: in `dtype` that would round it."""
+    return load_solver(base, model, **kwargs) if _is_adapter(model) else load_solver(model, **kwargs)
+
+
+def _without_gate(why: str) -> dict:
+    logger.warning("No gate is trained, and the run goes on without one: %s", why)
+    return {"not_trained": why}
 
 
 def _read_json(file: Path) -> dict:
@@ -739,13 +801,15 @@ def load_run(folder: str | Path, batch_size: int | None = None) -> EarlyExitReas
     if not file.is_file():
         raise FileNotFoundError(f"There is no {file}: {str(folder)!r} is not the output_dir of a run.")
     run = _read_json(file)
+    if run["no_gate"] is not None:
+        raise ValueError(
+            f"The run {str(folder)!r} has no gate for its last model: none could be trained. {run['no_gate']}"
+        )
     if run["gate"] is None:
         raise ValueError(f"The run {str(folder)!r} has no gate for its last model yet. Run its stage final_gate.")
     model_path, gate = (_within(Path(folder), run[name]) for name in ("model", "gate"))
-    model = AutoModelForImageTextToText.from_pretrained(
-        model_path, dtype=run["dtype"], attn_implementation=run["attn_implementation"]
+    model, processor = _load(
+        run["base"], model_path, dtype=run["dtype"], attn_implementation=run["attn_implementation"]
     )
     generation = {**run["generation"], **({"batch_size": batch_size} if batch_size else {})}
-    return EarlyExitReasoner.from_pretrained(
-        gate, model.to(process_state().device), load_processor(model_path), **generation
-    )
+    return EarlyExitReasoner.from_pretrained(gate, model.to(process_state().device), processor, **generation)
