@@ -13,9 +13,14 @@
 # limitations under the License.
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from charts import VAL_SEEDS, labelled_questions
+from demo import load_model
+from safetensors.torch import save_file
 from test_sr2se_sub_policies import IMAGES, QUESTIONS
 from tiny_models import tiny_qwen2_5_vl
 from transformers import AutoModelForImageTextToText
@@ -26,11 +31,18 @@ from evolmm_trl.sr2se import (
     EarlyExitReasoner,
     GateRollouts,
     GateTrainingConfig,
+    SR2SEConfig,
     SubPolicies,
+    SubPolicyPrompts,
+    early_exit,
+    pipeline,
     train_gate,
 )
-from evolmm_trl.sr2se.early_exit import exit_log_probs, gate_loss, is_right, threshold_loss
+from evolmm_trl.sr2se.early_exit import exit_log_probs, gate_loss, image_numbers, is_right, threshold_loss
 from evolmm_trl.sr2se.stopping import hsr_rewards
+
+
+DEMO = Path(__file__).parents[1] / "examples" / "demo"
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +72,7 @@ def rollouts(n: int = 200, steps: int = 4, size: int = 6, seed: int = 0, noise: 
     correct = torch.arange(1, steps + 1) >= first_right[:, None]
     hidden = torch.randn(n, steps, size, generator=generator)
     hidden[..., 0] = 2.0 * correct - 1 + noise * hidden[..., 0]
-    return GateRollouts(hidden, correct, first_right <= steps)
+    return GateRollouts(hidden, correct, first_right <= steps, torch.arange(n))
 
 
 # The gate
@@ -80,10 +92,10 @@ def test_the_gate_trains_on_states_of_a_real_model(policies):
     """The authors' gate never trains: its steps are skipped, or fail on shapes, without a word."""
     reasoner = EarlyExitReasoner(policies, max_steps=3)
     descriptions = [c.text for c in policies.perceive(IMAGES, QUESTIONS)]
-    made = reasoner.roll_out(QUESTIONS, ["5"] * 4, descriptions, [True, False, True, False])
+    made = reasoner.roll_out(IMAGES, QUESTIONS, ["5"] * 4, descriptions, [True, False, True, False])
     assert made.hidden.shape == (4, 3, policies.model.config.get_text_config().hidden_size)
     assert made.correct.shape == (4, 3) and made.visual.tolist() == [True, False, True, False]
-    made = GateRollouts(made.hidden, made.hidden[..., 0] > made.hidden[..., 0].median(), made.visual)
+    made = replace(made, correct=made.hidden[..., 0] > made.hidden[..., 0].median())
     gate, report = train_gate(made, GateTrainingConfig(epochs=30, held_out=0.25, learning_rate=1e-2))
     assert report["loss"][-1] < 0.5 * report["loss"][0]
 
@@ -133,9 +145,88 @@ def test_training_is_a_function_of_its_seed():
 def test_rollouts_that_teach_nothing_are_refused():
     made = rollouts(20)
     with pytest.raises(ValueError, match="All 80 answers of the gate's rollouts are wrong"):
-        train_gate(GateRollouts(made.hidden, torch.zeros_like(made.correct), made.visual))
-    with pytest.raises(ValueError, match="too few"):
+        train_gate(replace(made, correct=torch.zeros_like(made.correct)))
+    with pytest.raises(ValueError, match="1 questions about 1 images, too few"):
         train_gate(made[torch.arange(1)])
+    with pytest.raises(ValueError, match="20 questions about 1 images, too few"):
+        train_gate(replace(made, image=torch.zeros(20, dtype=torch.int64)))
+
+
+def noise_labels(n: int, per_image: int = 1) -> GateRollouts:
+    """Questions whose labels are a coin's, the same for all about one image, and states that give the image away."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.arange(n) // per_image
+    right = torch.randint(0, 2, (n,), generator=generator).bool()[image]
+    hidden = torch.randn(n, 32, generator=generator)[image][:, None].repeat(1, 3, 1)
+    return GateRollouts(hidden, right[:, None].repeat(1, 3), right, image)
+
+
+def train_on_noise(per_image: int) -> dict:
+    config = GateTrainingConfig(epochs=60, dropout=0.0, held_out=0.5, learning_rate=3e-3)
+    _, report = train_gate(noise_labels(800, per_image), config)
+    assert report["loss"][-1] < 0.1, "learned by heart, or the test says nothing"
+    return report
+
+
+def test_what_the_gate_learned_by_heart_does_not_count_as_calibration():
+    """On its own training questions it would be always right, and never too sure."""
+    report = train_on_noise(per_image=1)
+    assert report["held_out"] == 400
+    assert report["held_out_accuracy"] == pytest.approx(0.5, abs=0.1)
+    assert report["held_out_ece"] > 0.3
+
+
+def test_questions_about_one_image_are_held_out_together():
+    """A gate that has seen the image in training would know the answer."""
+    report = train_on_noise(per_image=4)
+    assert report["held_out"] == 400
+    assert report["held_out_accuracy"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_threshold_is_learned_on_questions_that_the_gate_was_not_trained_on(monkeypatch):
+    """On its own training questions the gate is always right; on others tau must see how it errs."""
+    seen = []
+    original = early_exit.threshold_loss
+    monkeypatch.setattr(early_exit, "threshold_loss", lambda *args: seen.append(args[:2]) or original(*args))
+    train_gate(noise_labels(200), GateTrainingConfig(epochs=60, dropout=0.0, batch_size=200, learning_rate=1e-2))
+    scores, rewards = seen[0]
+    right = rewards[:, 0] > 1  # answer and description, less the price of a step
+    assert len(scores) == 40 and ((scores[:, 0] > 0.5) != right).sum() > 10
+
+
+def test_the_final_gate_learns_from_descriptions_as_in_use(tmp_path, monkeypatch):
+    """Decoded greedily, and judged by one greedy answer, whatever the pairs were made with."""
+    (tmp_path / "data.jsonl").write_text("")
+    config = SR2SEConfig(
+        model="model",
+        output_dir=str(tmp_path / "run"),
+        data=str(tmp_path / "data.jsonl"),
+        dtype="float32",
+        refinement={"temperature": 0.7, "validation_samples": 3, "validation_required": 2},
+        sft={"use_cpu": True},
+        dpo={"use_cpu": True},
+    )
+    asked, run = [], pipeline._Run(config)
+    monkeypatch.setattr(run, "_needed", lambda *args: tmp_path)
+    monkeypatch.setattr(run, "_policies", lambda *args: None)
+    monkeypatch.setattr(run, "_build", lambda policies, folder, config: asked.append(config))
+    monkeypatch.setattr(run, "_fit_gate", lambda *args: None)
+    run._final_gate(1)
+    (made,) = asked
+    assert (made.temperature, made.max_refinements) == (0, 0)
+    assert (made.validation_samples, made.validation_required) == (1, 1)
+
+
+def test_images_are_told_apart_by_their_pixels():
+    first, again, other = image_numbers([IMAGES[0], IMAGES[0].copy(), IMAGES[1]]).tolist()
+    assert first == again != other
+    assert image_numbers([IMAGES[0].resize((8, 8)), IMAGES[0].resize((4, 16))]).unique().numel() == 2
+
+
+def test_a_file_that_holds_no_rollouts_is_refused(tmp_path):
+    save_file({"hidden": torch.zeros(1)}, str(tmp_path / "a.safetensors"))
+    with pytest.raises(ValueError, match="expected the rollouts of a gate"):
+        GateRollouts.load(tmp_path / "a.safetensors")
 
 
 def test_rollouts_are_saved_and_joined(tmp_path):
@@ -145,6 +236,7 @@ def test_rollouts_are_saved_and_joined(tmp_path):
     joined = GateRollouts.cat([GateRollouts.load(tmp_path / f"{name}.safetensors") for name in "ab"])
     assert len(joined) == 10
     assert torch.equal(joined.hidden, made.hidden) and torch.equal(joined.correct, made.correct)
+    assert torch.equal(joined.image, made.image)
 
 
 # The threshold
@@ -168,6 +260,20 @@ def test_reinforce_is_an_unbiased_gradient_of_the_expected_reward():
     generator = torch.Generator().manual_seed(0)
     threshold_loss(scores, rewards, threshold, 0.1, draws=40_000, generator=generator).backward()
     assert threshold.grad.item() == pytest.approx(-exact_threshold.grad.item(), rel=0.05)
+
+
+def test_two_draws_are_as_unbiased_as_many():
+    """A baseline with the draw itself in it would halve the gradient of two draws."""
+    torch.manual_seed(0)
+    scores, rewards = torch.rand(4, 4), hsr_rewards(torch.tensor([True, False] * 2), torch.rand(4, 4) > 0.5)
+    exact_threshold = torch.tensor(0.6, requires_grad=True)
+    (exit_log_probs(scores, exact_threshold, 0.1).exp() * rewards).sum(1).mean().backward()
+    threshold = torch.tensor(0.6, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    many = (scores.repeat(50_000, 1), rewards.repeat(50_000, 1))
+    threshold_loss(*many, threshold, 0.1, draws=2, generator=generator).backward()
+    assert abs(exact_threshold.grad.item()) > 0.05
+    assert threshold.grad.item() == pytest.approx(-exact_threshold.grad.item(), rel=0.1)
 
 
 def test_the_threshold_falls_where_leaving_early_earns_more_and_rises_where_it_earns_less():
@@ -293,14 +399,28 @@ def test_a_gate_for_another_model_is_refused(policies, tmp_path):
         EarlyExitReasoner.from_pretrained(tmp_path, policies.model, policies.processor)
 
 
-def test_roll_outs_are_labelled_at_every_step_from_the_same_steps_as_inference(policies):
-    reasoner = EarlyExitReasoner(policies, max_steps=3)
-    results = reasoner.generate(IMAGES, QUESTIONS)
-    states = [policies.reason([r.question], [r.description], [list(r.steps[:2])])[0].hidden for r in results]
-    made = reasoner.roll_out(QUESTIONS, ["x"] * 4, [r.description for r in results], [False] * 4)
-    assert torch.allclose(made.hidden[:, 2], torch.stack(states), atol=1e-4)
-    answers = [policies.answer([r.question], [r.description], [r.steps[:1]])[0] for r in results]
-    assert made.correct[:, 0].tolist() == [is_right(a.text, "x") for a in answers]
+def test_roll_outs_are_labelled_at_every_step_from_the_same_steps_as_inference():
+    """On a model whose answers are read, and are right from a step on that differs."""
+    model = SubPolicies(
+        *load_model(DEMO / "models" / "sr2se"),
+        SubPolicyPrompts(**json.loads((DEMO / "sr2se_prompts.json").read_text())),
+        max_perception_tokens=24,
+        max_step_tokens=20,
+        max_answer_tokens=6,
+        batch_size=24,
+    )
+    rows = labelled_questions(VAL_SEEDS[:24])
+    images, questions, truths = ([row[name] for row in rows] for name in ("image", "question", "answer"))
+    reasoner = EarlyExitReasoner(model, max_steps=3)
+    results = reasoner.generate(images, questions)
+    made = reasoner.roll_out(images, questions, truths, [r.description for r in results], [False] * len(rows))
+    assert made.correct.any() and len({tuple(column) for column in made.correct.T.tolist()}) > 1, "they should differ"
+    for k in range(1, 4):
+        answers = EarlyExitReasoner(model, max_steps=k).generate(images, questions)
+        assert made.correct[:, k - 1].tolist() == [is_right(r.answer, t) for r, t in zip(answers, truths, strict=True)]
+        states = model.reason(questions, [r.description for r in results], [r.steps[: k - 1] for r in results])
+        assert torch.allclose(made.hidden[:, k - 1], torch.stack([state.hidden for state in states]), atol=1e-4)
+    assert len(made.image.unique()) == len(rows)
 
 
 @pytest.mark.parametrize(

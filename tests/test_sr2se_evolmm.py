@@ -291,7 +291,7 @@ SAID = [["7", "7", "8", None], [None, "1", "2", "2"], [None, None, None, None]]
 def test_a_vote_gate_learns_whether_the_majority_so_far_is_right(base, monkeypatch):
     policies = SubPolicies(None, load_processor(base))
     labeller = AgreementLabeller(policies, num_answers=4)
-    hidden = torch.arange(12.0).view(3, 4, 1)
+    hidden, images = torch.arange(12.0).view(3, 4, 1), noise_images(3)
 
     def answers(conversations, images, max_new_tokens, samples, seed, with_hidden):
         assert with_hidden and samples == 4
@@ -301,10 +301,11 @@ def test_a_vote_gate_learns_whether_the_majority_so_far_is_right(base, monkeypat
         ]
 
     monkeypatch.setattr(labeller, "_generate", answers)
-    made = labeller.roll_out([None] * 3, ["q"] * 3, seed=0, truths=["7", "1", "5"])
+    made = labeller.roll_out(images, ["q"] * 3, seed=0, truths=["7", "1", "5"])
+    assert len(made.image.unique()) == 3
     assert torch.equal(made.hidden, hidden)
     assert made.correct.int().tolist() == [[1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]]
-    made = labeller.roll_out([None] * 3, ["q"] * 3, seed=0)
+    made = labeller.roll_out(images, ["q"] * 3, seed=0)
     assert made.correct.int().tolist() == [[1, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
 
 

@@ -17,6 +17,7 @@
 rollouts (all K steps, an answer after each) ──► train_gate: BCE on the gate, REINFORCE on tau ──► EarlyExitReasoner
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -36,6 +38,7 @@ from .sub_policies import SubPolicies, SubPolicyPrompts, answer_of
 logger = logging.getLogger(__name__)
 
 _WEIGHTS, _CONFIG = "gate.safetensors", "gate_config.json"
+_COLUMNS = ("hidden", "correct", "visual", "image")  # of GateRollouts
 
 
 class ConfidenceGate(nn.Module):
@@ -70,15 +73,41 @@ class ConfidenceGate(nn.Module):
         return self.threshold_logit.sigmoid()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """g_phi of hidden states of shape `(..., hidden_size)`, of shape `(...)`."""
+        """
+        g_phi, the scores before the sigmoid.
+
+        Args:
+            hidden (`torch.Tensor`):
+                Shape `(..., hidden_size)`, float32: hidden states.
+
+        Returns:
+            `torch.Tensor`: shape `(...)`, log-odds.
+        """
         return self.mlp(hidden).squeeze(-1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores in (0, 1) of hidden states of shape `(..., hidden_size)`, of shape `(...)` (Eq. 10)."""
+        """
+        Scores hidden states (Eq. 10).
+
+        Args:
+            hidden (`torch.Tensor`):
+                Shape `(..., hidden_size)`, float32: hidden states.
+
+        Returns:
+            `torch.Tensor`: shape `(...)`, probabilities in (0, 1).
+        """
         return self.logits(hidden).sigmoid()
 
     def save_pretrained(self, folder: str | Path, **settings) -> None:
-        """Writes the gate and its threshold as safetensors, and its sizes and other `settings` as JSON."""
+        """
+        Writes the gate and its threshold as safetensors, and its sizes as JSON.
+
+        Args:
+            folder (`str` or `Path`):
+                Where to; made if it is not there.
+            **settings:
+                Further values for the JSON file, such as `max_steps`.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.state_dict(), str(folder / _WEIGHTS))
@@ -86,14 +115,35 @@ class ConfidenceGate(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ConfidenceGate":
-        """Reads what [`ConfidenceGate.save_pretrained`] wrote, in eval mode."""
+        """
+        Reads what [`ConfidenceGate.save_pretrained`] wrote.
+
+        Args:
+            folder (`str` or `Path`):
+                Where the gate is.
+
+        Returns:
+            [`ConfidenceGate`], in eval mode.
+
+        Raises:
+            `FileNotFoundError`: if there is no gate in `folder`.
+        """
         config = _read_config(folder)
         gate = cls(config["hidden_size"], config["gate_size"], config["dropout"])
         gate.load_state_dict(load_file(str(Path(folder) / _WEIGHTS)))
         return gate.eval()
 
     def check_fits(self, model) -> None:
-        """Raises a `ValueError` if the model's hidden states have another size than those the gate was made for."""
+        """
+        Checks that the gate can read a model's hidden states.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+                The model.
+
+        Raises:
+            `ValueError`: if its hidden states have another size than those the gate was made for.
+        """
         hidden_size = model.config.get_text_config().hidden_size
         if hidden_size != self.sizes["hidden_size"]:
             raise ValueError(
@@ -121,31 +171,57 @@ class GateRollouts:
             Shape `(n, K)`, bool: whether the answer from the description and steps 1..k is right.
         visual (`torch.Tensor`):
             Shape `(n,)`, bool: whether the answer from the description alone is right.
+        image (`torch.Tensor`):
+            Shape `(n,)`, int64: a number that the questions about one image share, see [`image_numbers`]. They are held
+            out together.
     """
 
     hidden: torch.Tensor
     correct: torch.Tensor
     visual: torch.Tensor
+    image: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.visual)
 
     def __getitem__(self, rows) -> "GateRollouts":
-        return GateRollouts(self.hidden[rows], self.correct[rows], self.visual[rows])
+        return GateRollouts(*(getattr(self, name)[rows] for name in _COLUMNS))
 
     @classmethod
     def cat(cls, parts: Sequence["GateRollouts"]) -> "GateRollouts":
         """All of `parts`, one after the other."""
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("hidden", "correct", "visual")))
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in _COLUMNS))
 
     def save(self, file: str | Path) -> None:
         """Writes a safetensors file."""
-        save_file({"hidden": self.hidden, "correct": self.correct, "visual": self.visual}, str(file))
+        save_file({name: getattr(self, name) for name in _COLUMNS}, str(file))
 
     @classmethod
     def load(cls, file: str | Path) -> "GateRollouts":
-        """Reads what [`GateRollouts.save`] wrote."""
-        return cls(**load_file(str(file)))
+        """Reads what [`GateRollouts.save`] wrote. Raises a `ValueError` if the file holds something else."""
+        tensors = load_file(str(file))
+        if set(tensors) != set(_COLUMNS):
+            raise ValueError(
+                f"{file} holds {sorted(tensors)}; expected the rollouts of a gate, {sorted(_COLUMNS)}. Make them again."
+            )
+        return cls(**tensors)
+
+
+def image_numbers(images: Sequence[Image.Image]) -> torch.Tensor:
+    """
+    Numbers by which to tell images apart: equal for the same pixels, wherever the image came from.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`):
+            n images.
+
+    Returns:
+        `torch.Tensor`: shape `(n,)`, int64.
+    """
+    digests = [
+        hashlib.blake2b(repr((image.mode, image.size)).encode() + image.tobytes(), digest_size=8) for image in images
+    ]
+    return torch.tensor([int.from_bytes(digest.digest(), "big", signed=True) for digest in digests], dtype=torch.int64)
 
 
 @dataclass
@@ -180,7 +256,8 @@ class GateTrainingConfig:
         length_penalty (`float`, *optional*, defaults to `0.1`):
             lambda, the price of a reasoning step in the reward (authors' code).
         held_out (`float`, *optional*, defaults to `0.2`):
-            Share of the questions on which the gate is not trained; tau is learned on them, and calibration measured.
+            Share of the images on whose questions the gate is not trained; tau is learned on them, and calibration
+            measured.
         seed (`int`, *optional*, defaults to `42`):
             Of initialisation, order, dropout and draws.
     """
@@ -281,7 +358,8 @@ def threshold_loss(
 
 def train_gate(rollouts: GateRollouts, config: GateTrainingConfig | None = None) -> tuple[ConfidenceGate, dict]:
     """
-    Trains a gate by Eq. 11 and then its threshold by REINFORCE on Eq. 12, on questions that the gate was not trained on.
+    Trains a gate by Eq. 11 and then its threshold by REINFORCE on Eq. 12, on questions about images that the gate was not
+    trained on.
 
     Args:
         rollouts ([`GateRollouts`]):
@@ -295,14 +373,16 @@ def train_gate(rollouts: GateRollouts, config: GateTrainingConfig | None = None)
         threshold before and after tau was learned.
 
     Raises:
-        `ValueError`: if there are too few questions to hold some out, or all labels are the same.
+        `ValueError`: if there are too few images to hold some out, or all answers are right, or all are wrong.
     """
     config = config or GateTrainingConfig()
-    held_out = round(config.held_out * len(rollouts))
-    if held_out < 1 or held_out == len(rollouts):
+    places: dict[int, int] = {}  # of images, in the order in which they come first
+    image = torch.tensor([places.setdefault(number, len(places)) for number in rollouts.image.tolist()])
+    held_out = round(config.held_out * len(places))
+    if held_out < 1 or held_out == len(places):
         raise ValueError(
-            f"There are rollouts of {len(rollouts)} questions, too few to hold out a share of {config.held_out}. "
-            "Roll out more questions."
+            f"There are rollouts of {len(rollouts)} questions about {len(places)} images, too few to hold out a share of "
+            f"{config.held_out}. Roll out questions about more images."
         )
     if rollouts.correct.all() or not rollouts.correct.any():
         kind = "right" if rollouts.correct.all() else "wrong"
@@ -311,10 +391,12 @@ def train_gate(rollouts: GateRollouts, config: GateTrainingConfig | None = None)
             "Use questions of which some are answered rightly and some wrongly, or check how answers are read."
         )
     generator = torch.Generator().manual_seed(config.seed)
-    order = torch.randperm(len(rollouts), generator=generator)
-    held, train = rollouts[order[:held_out]], rollouts[order[held_out:]]
+    rank = torch.randperm(len(places), generator=generator).argsort()[image]
+    order = rank.argsort(stable=True)
+    is_held = (rank < held_out)[order]
+    held, train = rollouts[order[is_held]], rollouts[order[~is_held]]
     labels = gate_labels(train, config)
-    report = {"questions": len(rollouts), "held_out": held_out, "loss": [], "threshold": []}
+    report = {"questions": len(rollouts), "held_out": len(held), "loss": [], "threshold": []}
 
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -469,12 +551,19 @@ class EarlyExitReasoner:
         ]
 
     def roll_out(
-        self, questions: Sequence[str], truths: Sequence[str], descriptions: Sequence[str], visual: Sequence[bool]
+        self,
+        images: Sequence,
+        questions: Sequence[str],
+        truths: Sequence[str],
+        descriptions: Sequence[str],
+        visual: Sequence[bool],
     ) -> GateRollouts:
         """
         Takes all K steps from given descriptions and answers after each, to train a gate on.
 
         Args:
+            images (`Sequence`):
+                One per question; see [`EarlyExitReasoner.generate`]. Only which questions share one matters.
             questions (`Sequence[str]`), truths (`Sequence[str]`):
                 The questions and their answers, compared by [`canonical_answer`].
             descriptions (`Sequence[str]`):
@@ -494,10 +583,21 @@ class EarlyExitReasoner:
             answers = self.policies.answer(questions, descriptions, steps)
             hidden.append(torch.stack([completion.hidden for completion in taken]))
             correct.append([is_right(answer_of(a), truth) for a, truth in zip(answers, truths, strict=True)])
-        return GateRollouts(torch.stack(hidden, 1), torch.tensor(correct).T.contiguous(), torch.tensor(visual))
+        return GateRollouts(
+            torch.stack(hidden, 1),
+            torch.tensor(correct).T.contiguous(),
+            torch.tensor(visual),
+            image_numbers([self.policies.image(image) for image in images]),
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the gate with its threshold, the number of steps and the prompts, as safetensors and JSON."""
+        """
+        Writes the gate with its threshold, the number of steps and the prompts, as safetensors and JSON.
+
+        Args:
+            folder (`str` or `Path`):
+                Where to; made if it is not there.
+        """
         self.gate.save_pretrained(folder, max_steps=self.max_steps, prompts=self.policies.prompts.to_dict())
 
     @classmethod
@@ -508,10 +608,19 @@ class EarlyExitReasoner:
         Args:
             folder (`str` or `Path`):
                 Where the gate is.
-            model, processor:
-                The model that the gate was trained on, and its processor.
+            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+                The model that the gate was trained on.
+            processor ([`~transformers.ProcessorMixin`]):
+                Its processor.
             **kwargs:
                 For [`SubPolicies`], such as `batch_size`.
+
+        Returns:
+            [`EarlyExitReasoner`]
+
+        Raises:
+            `FileNotFoundError`: if there is no gate in `folder`.
+            `ValueError`: if the gate was made for hidden states of another size than the model's.
         """
         config = _read_config(folder)
         policies = SubPolicies(model, processor, SubPolicyPrompts.from_dict(config["prompts"]), **kwargs)

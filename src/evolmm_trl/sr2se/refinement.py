@@ -42,7 +42,7 @@ from ..processing import special_tokens
 from ..prompts import RolePrompts, read_question
 from ..rollout.generation import sample_seed
 from ..voting import Vote, vote
-from .early_exit import EarlyExitReasoner, GateRollouts, is_right
+from .early_exit import EarlyExitReasoner, GateRollouts, image_numbers, is_right
 from .generation import Completion, generate, process_state
 from .rows import BadRow, Row, read_rows, warn_of
 from .sub_policies import SubPolicies, answer_of
@@ -156,7 +156,18 @@ class AgreementLabeller:
         return {"prompts": asdict(self.prompts), **{name: getattr(self, name) for name in names}}
 
     def ask(self, images: Sequence, seed: int) -> list[str | None]:
-        """A question about each image; `None` where the model wrote none that is well formed."""
+        """
+        Asks a question about each image.
+
+        Args:
+            images (`Sequence`):
+                n PIL images, or contents or paths of image files.
+            seed (`int`):
+                Of the questions.
+
+        Returns:
+            `list[str or None]`: n questions; `None` where the model wrote none that is well formed.
+        """
         conversations = [self.prompts.proposer_messages() for _ in images]
         groups = self._generate(conversations, images, self.max_question_tokens, 1, seed)
         marks = special_tokens(self.policies.processor.tokenizer)
@@ -164,7 +175,18 @@ class AgreementLabeller:
         return [question.text if question.well_formed else None for question in read]
 
     def vote(self, images: Sequence, questions: Sequence[str], seed: int) -> list[Vote]:
-        """The vote of N answers to each question."""
+        """
+        Lets N answers to each question vote.
+
+        Args:
+            images (`Sequence`), questions (`Sequence[str]`):
+                n images, as in [`AgreementLabeller.ask`], and one question about each.
+            seed (`int`):
+                Of the answers.
+
+        Returns:
+            `list[Vote]`: n votes; a vote's `agreement` is the majority's share of the N answers, from 0 to 1.
+        """
         groups = self.answer(images, questions, seed)
         return [vote([canonical_answer(answer_of(completion)) for completion in group]) for group in groups]
 
@@ -194,12 +216,27 @@ class AgreementLabeller:
             for answers, truth in zip(read, right, strict=True)
         ]
         hidden = [torch.stack([completion.hidden for completion in group]) for group in groups]
-        return GateRollouts(torch.stack(hidden), torch.tensor(correct), torch.zeros(len(groups), dtype=torch.bool))
+        visual = torch.zeros(len(groups), dtype=torch.bool)
+        image = image_numbers([self.policies.image(image) for image in images])
+        return GateRollouts(torch.stack(hidden), torch.tensor(correct), visual, image)
 
     def answer(
         self, images: Sequence, questions: Sequence[str], seed: int, with_hidden: bool = False
     ) -> list[list[Completion]]:
-        """N answers to each question."""
+        """
+        Answers each question N times.
+
+        Args:
+            images (`Sequence`), questions (`Sequence[str]`):
+                n images, as in [`AgreementLabeller.ask`], and one question about each.
+            seed (`int`):
+                Of the answers.
+            with_hidden (`bool`, *optional*, defaults to `False`):
+                Whether each completion gets its `hidden`, the state at its end, of shape `(hidden_size,)`.
+
+        Returns:
+            `list[list[Completion]]`: for each of the n questions N completions, each at most `max_answer_tokens` long.
+        """
         conversations = [self.prompts.solver_messages(self.policies.clean(question)) for question in questions]
         return self._generate(conversations, images, self.max_answer_tokens, self.num_answers, seed, with_hidden)
 
@@ -357,7 +394,7 @@ class PairMaker:
         counts["initially_right"] += sum(valid)
         rollouts = None
         if roll_out:
-            rollouts = self.reasoner.roll_out(questions, truths, [c.text for c in first], valid)
+            rollouts = self.reasoner.roll_out(images, questions, truths, [c.text for c in first], valid)
 
         pairs = []
         latest = list(first)

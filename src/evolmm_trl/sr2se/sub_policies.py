@@ -170,7 +170,25 @@ class SubPolicies:
     def perceive(
         self, images: Sequence, questions: Sequence[str], temperature: float = 0.0, seed: int | None = None
     ) -> list[Completion]:
-        """A description of each image for its question: pi_perc(I, Q)."""
+        """
+        Describes each image for its question: pi_perc(I, Q).
+
+        Args:
+            images (`Sequence`):
+                n PIL images, or contents or paths of image files.
+            questions (`Sequence[str]`):
+                One per image.
+            temperature (`float`, *optional*, defaults to `0.0`):
+                0 decodes greedily.
+            seed (`int`, *optional*):
+                Of the sampling. Without it the global generators are used.
+
+        Returns:
+            `list[Completion]`: n descriptions of at most `max_perception_tokens` tokens.
+
+        Raises:
+            [`~evolmm_trl.data.UnreadableImageError`]: if an image cannot be decoded.
+        """
         return self._complete(
             [perception_conversation(self.prompts, question, self.processor) for question in questions],
             self.max_perception_tokens,
@@ -187,7 +205,20 @@ class SubPolicies:
         temperature: float = 0.0,
         seed: int | None = None,
     ) -> list[Completion]:
-        """A second look at each image: Refine(I, Q, c)."""
+        """
+        Looks at each image again: Refine(I, Q, c).
+
+        Args:
+            images (`Sequence`), questions (`Sequence[str]`):
+                n images and one question about each; see [`SubPolicies.perceive`].
+            descriptions (`Sequence[str]`):
+                n descriptions so far.
+            temperature (`float`, *optional*, defaults to `0.0`), seed (`int`, *optional*):
+                As in [`SubPolicies.perceive`].
+
+        Returns:
+            `list[Completion]`: n descriptions of at most `max_perception_tokens` tokens.
+        """
         return self._complete(
             self._fill("refinement", questions, descriptions, with_image=True),
             self.max_perception_tokens,
@@ -199,7 +230,19 @@ class SubPolicies:
     def reason(
         self, questions: Sequence[str], descriptions: Sequence[str], steps: Sequence[Sequence[str]]
     ) -> list[Completion]:
-        """The next reasoning step of each question, greedily, with its hidden state: pi_reason(c, Q, H)."""
+        """
+        Takes the next reasoning step of each question, greedily: pi_reason(c, Q, H).
+
+        Args:
+            questions (`Sequence[str]`), descriptions (`Sequence[str]`):
+                n questions and the descriptions of their images.
+            steps (`Sequence[Sequence[str]]`):
+                For each of the n questions, the steps so far; their number may differ.
+
+        Returns:
+            `list[Completion]`: n steps of at most `max_step_tokens` tokens, each with its `hidden`, the state at its end,
+            float32 of shape `(hidden_size,)`.
+        """
         return self._complete(
             self._fill("step", questions, descriptions, steps), self.max_step_tokens, with_hidden=True
         )
@@ -212,7 +255,20 @@ class SubPolicies:
         temperature: float = 0.0,
         seed: int | None = None,
     ) -> list[list[Completion]]:
-        """`samples` answers to each question from its description alone: pi_text(Q, c)."""
+        """
+        Answers each question from its description alone: pi_text(Q, c).
+
+        Args:
+            questions (`Sequence[str]`), descriptions (`Sequence[str]`):
+                n questions and the descriptions of their images.
+            samples (`int`, *optional*, defaults to `1`):
+                Answers to each.
+            temperature (`float`, *optional*, defaults to `0.0`), seed (`int`, *optional*):
+                As in [`SubPolicies.perceive`].
+
+        Returns:
+            `list[list[Completion]]`: for each of the n questions `samples` answers of at most `max_answer_tokens` tokens.
+        """
         return self._complete_all(
             self._fill("text_answer", questions, descriptions),
             self.max_answer_tokens,
@@ -224,7 +280,16 @@ class SubPolicies:
     def answer(
         self, questions: Sequence[str], descriptions: Sequence[str], steps: Sequence[Sequence[str]]
     ) -> list[Completion]:
-        """The answer to each question from its description and reasoning steps, greedily."""
+        """
+        Answers each question from its description and reasoning steps, greedily.
+
+        Args:
+            questions (`Sequence[str]`), descriptions (`Sequence[str]`), steps (`Sequence[Sequence[str]]`):
+                As in [`SubPolicies.reason`].
+
+        Returns:
+            `list[Completion]`: n answers of at most `max_answer_tokens` tokens.
+        """
         return self._complete(self._fill("final_answer", questions, descriptions, steps), self.max_answer_tokens)
 
     def _fill(self, name, questions, descriptions, steps=None, with_image=False) -> list[list[dict]]:
