@@ -283,37 +283,56 @@ def is_valid(
 
 
 _SENTENCE_END = re.compile(r"(?<=[.!?;:])\s+|\n+")
+_CLAUSE_END = re.compile(r",(?!\d)")
 _ANSWER_WORD = re.compile(r"\banswer\b", re.IGNORECASE)
 _ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
 _WORD = re.compile(r"[^\W_]+(?:[.,'][^\W_]+)*")
+_HYPHENATED = re.compile(r"[^\W_]+(?:[-'][^\W_]+)*")  # "no-one" is not "no"
+_HYPHEN = re.compile(r"(?<=[^\W\d_])[-\u2010\u2011](?=[^\W\d_])")
 # To contain one of these words says nothing: "no", "A bird".
 _COMMON = {"yes", "no", "true", "false"}
 
 
 def states_answer(description: str, answer: str, rule: str = "contains") -> bool:
     """
-    Whether a description gives the answer away.
+    Whether a description gives the answer away. Dark-red is dark red, and 50 % is 50% and 50 percent.
 
     Args:
         description (`str`), answer (`str`):
             The description and the true answer.
         rule (`str`, *optional*, defaults to `"contains"`):
-            `"declared"`: it has an answer tag, or a sentence is the answer, or has it behind the word "answer".
+            `"declared"`: it has an answer tag, or a sentence is the answer, or has it behind the word "answer". Yes, no,
+            true and false are also declared where a clause begins or ends with them, an option's letter where it is a
+            sentence's first clause or, as a capital, its last word.
             `"contains"`: also if the answer occurs anywhere, as whole words and in canonical form. Option letters, yes,
             no, true and false must be declared in either case.
     """
-    truth = canonical_answer(answer)
     if _ANSWER_TAG.search(description):
         return True
-    longest = len(answer.split())
+    truth = canonical_answer(_HYPHEN.sub(" ", answer))
+    weak = truth in _COMMON or re.fullmatch(r"[a-z]", truth)
+    longest = len(answer.split()) + 2  # "50 per cent" is 50%
     for sentence in _SENTENCE_END.split(description):
+        if weak and _declares(truth, sentence):
+            return True
+        sentence = _HYPHEN.sub(" ", sentence)
         if canonical_answer(sentence) == truth:
             return True
         word = _ANSWER_WORD.search(sentence)
         if word and _occurs(truth, sentence[word.end() :], longest):
             return True
-    weak = truth in _COMMON or re.fullmatch(r"[a-z]", truth)
-    return rule == "contains" and not weak and _occurs(truth, description, longest)
+    return rule == "contains" and not weak and _occurs(truth, _HYPHEN.sub(" ", description), longest)
+
+
+def _declares(truth: str, sentence: str) -> bool:
+    """Whether a sentence says yes, no, true or false, or names an option: "No, it is not", "It is B"."""
+    clauses = [_HYPHENATED.findall(clause) for clause in _CLAUSE_END.split(sentence)]
+    clauses = [words for words in clauses if words]
+    if not clauses:
+        return False
+    if truth in _COMMON:
+        return any(truth in (words[0].lower(), words[-1].lower()) for words in clauses)
+    return clauses[-1][-1] == truth.upper() or [word.lower() for word in clauses[0]] == [truth]
 
 
 def _occurs(truth: str, text: str, longest: int) -> bool:
