@@ -167,7 +167,9 @@ def test_the_gate_learns_from_the_first_descriptions_and_whether_they_suffice(po
     reasoner = SimpleNamespace(roll_out=lambda *args: asked.append(args) or "rollouts")
     *_, rollouts = PairMaker(scripted, RefinementConfig(), reasoner=reasoner)(rows, 0, roll_out=True)
     assert rollouts == "rollouts"
-    assert asked == [([f"q{i}" for i in range(4)], ["7"] * 4, ["r0", "w1", "w2", "w3"], [True, False, False, False])]
+    (images, *others), *_ = asked
+    assert [image.size for image in images] == [chart(VAL_SEEDS[0]).image().size] * 4
+    assert others == [[f"q{i}" for i in range(4)], ["7"] * 4, ["r0", "w1", "w2", "w3"], [True, False, False, False]]
 
 
 def test_no_more_than_n_max_refinements_are_made(policies, rows):
@@ -611,7 +613,7 @@ def test_gate_rollouts_come_from_the_descriptions_of_the_pairs(policies, data, t
     )
     files = sorted((tmp_path / "rollouts").iterdir())
     rollouts = GateRollouts.cat([GateRollouts.load(file) for file in files])
-    assert len(files) == 2 and rollouts.hidden.shape[:2] == (16, 2)
+    assert len(files) == 2 and rollouts.hidden.shape[:2] == (16, 2) and len(rollouts.image.unique()) == 16
     assert report["pairs"] == 0 and 0 < rollouts.visual.sum() <= report["initially_right"]
     # Those of another run would be trained on as well
     with pytest.raises(ValueError, match="holds the rollouts of another run"):
