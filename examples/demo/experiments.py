@@ -247,16 +247,22 @@ def _questions(result: dict, name: str, temperature: str = "1.0") -> np.ndarray:
 
 def interval(differences: np.ndarray) -> tuple[float, float]:
     """
-    Mean of paired differences, of shape (seeds, questions), and the half width of its 95 % interval over both: the
-    variance of the mean is that of the seeds' means plus that of the questions' means, with Student's t for the seeds.
+    Mean of paired differences, of shape (seeds, questions), and the half width of its 95 % interval over both: a two-way
+    analysis of variance without replication. The seeds' means vary with the seeds and with the luck of single answers,
+    which takes Student's t; the questions' means vary with the questions beside that, which are many. Seeds and questions
+    are independent, so that the two half widths add up in squares.
     """
     seeds, questions = differences.shape
+    mean = differences.mean()
     if seeds < 2:
-        return float(differences.mean()), float("nan")  # one seed says nothing of the others
-    over_seeds = differences.mean(1).var(ddof=1) / seeds
-    over_questions = differences.mean(0).var(ddof=1) / questions
-    half = stats.t.ppf(0.975, seeds - 1) * (over_seeds + over_questions) ** 0.5
-    return float(differences.mean()), float(half)
+        return float(mean), float("nan")  # one seed says nothing of the others
+    by_seed, by_question = differences.mean(1), differences.mean(0)
+    luck = differences - by_seed[:, None] - by_question + mean
+    of_luck = (luck**2).sum() / ((seeds - 1) * (questions - 1)) / differences.size
+    of_questions = max(by_question.var(ddof=1) / questions - of_luck, 0)
+    of_seeds = by_seed.var(ddof=1) / seeds
+    half = (stats.t.ppf(0.975, seeds - 1) ** 2 * of_seeds + stats.norm.ppf(0.975) ** 2 * of_questions) ** 0.5
+    return float(mean), float(half)
 
 
 def _points(mean: float, half: float) -> str:
@@ -302,11 +308,16 @@ def _base_rows(results: list[dict], base: str) -> list[str]:
     return rows
 
 
-def _comparison_rows(results: list[dict], base: str) -> list[str]:
-    """Continuous against every other arm, paired by seed and question."""
-    rows = []
+def _comparisons(results: list[dict], base: str, arms: dict) -> list[str]:
+    """Continuous against the other arms, paired by seed and question."""
+    rows = [
+        "Continuous minus the other, in points, paired by seed and question:",
+        "",
+        "| other | greedy | sampled, T=1 | majority of 20 |",
+        "|---|---|---|---|",
+    ]
     reference = {r["seed"]: r for r in _runs(results, base, "continuous")}
-    for arm, (title, _, _) in ARMS.items():
+    for arm, (title, _, _) in arms.items():
         runs = [r for r in _runs(results, base, arm) if r["seed"] in reference]
         if arm == "continuous" or not runs:
             continue
@@ -362,17 +373,14 @@ def report() -> None:
             f"Sampled accuracy of the continuous runs against the untrained base at its best temperature: "
             f"{_sampled_against_best_temperature(results, base)}.",
             "",
-            "Continuous minus the other, in points, paired by seed and question:",
-            "",
-            "| other | greedy | sampled, T=1 | majority of 20 |",
-            "|---|---|---|---|",
-            *_comparison_rows(results, base),
+            *_comparisons(results, base, ARMS),
         ]
     for base in BASES:
         settings = _arm_rows(results, base, SETTINGS)
         if settings:
             demo = _arm_rows(results, base, {"continuous": ARMS["continuous"]})
             lines += ["", f"## Settings, on base `{base}`", "", _HEADER, *demo, *settings]
+            lines += ["", *_comparisons(results, base, SETTINGS)]
     (DOCS / "tables.md").write_text("\n".join(lines) + "\n")
     _write_readme(results)
 
