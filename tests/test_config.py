@@ -103,7 +103,8 @@ def test_every_added_field_has_a_help_text_and_its_default_is_tested_here():
     added = [field for field in fields(EvoLMMConfig) if field.name not in inherited]
     assert all(field.metadata["help"] for field in added)
     assert {field.name for field in added} <= set(DEFAULTS)
-    assert all(f"{field.name} (`" in inspect.getdoc(EvoLMMConfig) for field in added)
+    redefined = set(EvoLMMConfig.__annotations__) - {"_VALID_DICT_FIELDS"}
+    assert all(f"{name} (`" in inspect.getdoc(EvoLMMConfig) for name in redefined)
 
 
 def test_an_output_dir_alone_is_a_consistent_configuration():
@@ -166,8 +167,42 @@ def test_without_an_accelerator_weights_are_not_cast_to_bfloat16():
         ({"scale_rewards": "group"}, "scale_rewards='group'.*pure length reward.*Set scale_rewards='none'"),
         ({"scale_rewards": "batch"}, "scale_rewards='batch'.*Set scale_rewards='none'"),
         ({"scale_rewards": True}, "scale_rewards='group'.*Set scale_rewards='none'"),
-        ({"multi_objective_aggregation": "normalize_then_sum"}, "`multi_objective_aggregation`.*Leave both unset"),
-        ({"pad_to_multiple_of": 8}, "`pad_to_multiple_of`.*Leave both unset"),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum"},
+            "multi_objective_aggregation=.*would have no effect: extra rewards are summed",
+        ),
+        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of=8 would have no effect: .*longest row"),
+        ({"sync_ref_model": True}, "the reference is the frozen base.*larger `kl_target`"),
+        ({"loss_type": "bnpo"}, "how a step is cut.*Set loss_type='dapo'"),
+        ({"entropy_coef": 0.01}, "entropy_coef=0.01.*how a step is cut.*raise `beta`"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True.*how a step is cut"),
+        (
+            {"use_transformers_continuous_batching": True},
+            "use_transformers_continuous_batching=True would have no effect",
+        ),
+        (
+            {"epsilon": 0.1, "delta": 2.0},
+            "epsilon=0.1, delta=2.0 would have no effect: .* at a ratio of 1. Leave it unset",
+        ),
+        ({"epsilon_high": 0.28}, "epsilon_high=0.28 would have no effect"),
+        ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold=0.5 would have no effect"),
+        (
+            {"vllm_adapter_dir": "adapters"},
+            "vllm_adapter_dir='adapters' would have no effect: with rollout='transformers'",
+        ),
+        (
+            {"train_proposer": False, "diversity_weight": 1.0},
+            "diversity_weight=1.0 would have no effect: train_proposer=False",
+        ),
+        ({"train_proposer": False, "proposer_update_every": 2}, "proposer_update_every=2 would have no effect"),
+        ({"reward": "discrete", "solver_gamma": 0.5}, "solver_gamma=0.5 would have no effect: reward='discrete'"),
+        ({"reward": "discrete", "length_cap": None}, "length_cap=None would have no effect"),
+        (
+            {"baseline": "group", "baseline_momentum": 0.5},
+            "baseline_momentum=0.5 would have no effect: baseline='group'",
+        ),
+        ({"blind_weight": 1.0, "blind_questions": 2}, "blind_questions=2 would have no effect: blind_weight=1.0"),
+        ({"adaptive_kl": False, "kl_target": 0.1}, "kl_target=0.1 would have no effect: adaptive_kl=False"),
         ({"reward": "majority"}, r"reward='majority'; expected one of \('continuous', 'discrete'\)"),
         ({"baseline": "none"}, r"baseline='none'; expected one of \('ema', 'group'\)"),
         ({"adapters": "one"}, r"adapters='one'; expected one of \('separate', 'shared'\)"),
@@ -214,6 +249,7 @@ def test_a_combination_that_cannot_work_is_refused_with_what_to_do(wrong, messag
         {"agreement_band": (0.0, 1.0)},
         {"scale_rewards": False},
         {"baseline_momentum": 0.0},
+        {"loss_type": "cispo", "epsilon_high": 5.0},
         {"length_cap": None, "max_pixels": None},
         {"reward": "discrete", "adapters": "shared", "train_proposer": False, "adaptive_kl": False},
     ],
@@ -241,21 +277,17 @@ def test_a_command_line_without_options_is_the_default_configuration():
 
 
 def test_options_are_parsed_with_their_types():
-    arguments = "--num_generations 8 --extra-votes 4 --solver_gamma 0.5 --reward discrete --adapters shared"
-    arguments += " --no_train_proposer --freeze_vision_tower false --beta_min 1e-8 --proposer_kl_target 0.05"
-    arguments += " --proposer_entropy_mean 1.1 --length_target 10 --max_pixels 100352"
+    arguments = "--num_generations 8 --extra-votes 4 --solver_gamma 0.5 --adapters shared --freeze_vision_tower false"
+    arguments += " --beta_min 1e-8 --proposer_kl_target 0.05 --proposer_entropy_mean 1.1 --length_target 10"
+    arguments += " --max_pixels 100352"
     parsed = parse(*arguments.split())
-    expected = {
-        "num_generations": 8,
-        "extra_votes": 4,
-        "solver_gamma": 0.5,
-        "reward": "discrete",
-        "adapters": "shared",
-    }
-    expected |= {"train_proposer": False, "freeze_vision_tower": False, "beta_min": 1e-8, "proposer_kl_target": 0.05}
+    expected = {"num_generations": 8, "extra_votes": 4, "solver_gamma": 0.5, "adapters": "shared"}
+    expected |= {"freeze_vision_tower": False, "beta_min": 1e-8, "proposer_kl_target": 0.05}
     expected |= {"proposer_entropy_mean": 1.1, "length_target": 10, "max_pixels": 100352}
     assert {name: getattr(parsed, name) for name in expected} == expected
     assert parsed.per_device_train_batch_size == 8
+    parsed = parse("--reward", "discrete", "--no_train_proposer")
+    assert (parsed.reward, parsed.train_proposer) == ("discrete", False)
 
 
 @pytest.mark.parametrize("name", ["length_cap", "max_pixels"])

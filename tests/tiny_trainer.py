@@ -63,7 +63,6 @@ def config(output_dir, **kwargs) -> EvoLMMConfig:
         "max_completion_length": 6,
         "max_question_length": 5,
         "learning_rate": 1e-2,
-        "proposer_update_every": 2,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -71,6 +70,8 @@ def config(output_dir, **kwargs) -> EvoLMMConfig:
         "use_cpu": True,
         "disable_tqdm": True,
     }
+    if kwargs.get("train_proposer", True):
+        defaults["proposer_update_every"] = 2
     return EvoLMMConfig(output_dir=str(output_dir), **{**defaults, **kwargs})
 
 

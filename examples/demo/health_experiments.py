@@ -151,7 +151,13 @@ ARMS = {
         {"max_steps": 120, "diversity_weight": 1.0},
     ),
     "guesses": ("no penalty", "taught", EvoLMMTrainer, range(3), {"max_steps": 60}),
-    "guesses_less": ("`blind_weight=1`", "taught", EvoLMMTrainer, range(3), {"max_steps": 60, "blind_weight": 1.0}),
+    "guesses_less": (
+        "`blind_weight=1`",
+        "taught",
+        EvoLMMTrainer,
+        range(3),
+        {"max_steps": 60, "blind_weight": 1.0, "blind_questions": 0},
+    ),
 }
 GUARDED = ("collapse_agreed", "healthy", "template", "needs_no_image")
 # Those whose runs are to be left alone if they improve

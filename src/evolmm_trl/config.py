@@ -13,7 +13,7 @@
 # limitations under the License.
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -93,7 +93,7 @@ class EvoLMMConfig(GRPOConfig):
             What a reward is compared with. `"ema"`: the moving average of the role's mean reward (EvoLMM). `"group"`: the
             mean over the answers to the question; for the proposer, over the questions of the rollout.
         baseline_momentum (`float`, *optional*, defaults to `0.9`):
-            Share of the old moving average that is kept (EvoLMM: 0.9).
+            Share of the old moving average that is kept (EvoLMM's code: 0.9).
         diversity_weight (`float`, *optional*, defaults to `0.0`):
             Weight of a penalty in the proposer's reward for questions that are like others of the rollout (R-Zero: 1).
         blind_weight (`float`, *optional*, defaults to `0.0`):
@@ -142,14 +142,32 @@ class EvoLMMConfig(GRPOConfig):
         report_images (`int`, *optional*, defaults to `300`):
             Thumbnails that are kept in `output_dir/_report/images` for the page, a uniform sample of the run's images. 0:
             none. What is in `_report` is not pushed to the Hub.
+        learning_rate (`float`, *optional*, defaults to `1e-6`):
+            Learning rate of both roles (EvoLMM: 1e-6).
+        weight_decay (`float`, *optional*, defaults to `0.01`):
+            Weight decay (EvoLMM's code: 0.01).
+        max_grad_norm (`float`, *optional*, defaults to `1.0`):
+            Largest gradient norm (EvoLMM's code: 1.0).
+        per_device_train_batch_size (`int`, *optional*):
+            Answers per process and micro-batch. `None`: `num_generations`, so that a micro-batch is one image.
+        per_device_eval_batch_size (`int`, *optional*):
+            Labelled questions per process that are answered together. `None`: `num_generations_eval`, or else
+            `num_generations`.
+        gradient_accumulation_steps (`int`, *optional*, defaults to `4`):
+            Micro-batches per optimizer step. With the default batch size: images per process and step.
+        loss_type (`str`, *optional*, defaults to `"grpo"`):
+            How the loss is averaged; see [`~trl.GRPOConfig`]. `"grpo"`: over the tokens of each completion, then over
+            completions (EvoLMM). `"dapo"`: over all tokens of the step. Not `"bnpo"`.
+        scale_rewards (`str`, *optional*, defaults to `"none"`):
+            Only `"none"`: dividing by the standard deviation of a group turns a unanimous group into a pure length reward.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["prompts", "collapse_guard"]
 
     # Defaults that differ from GRPOConfig
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate for AdamW."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay (EvoLMM: 0.01)."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Largest gradient norm (EvoLMM: 1.0)."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay (EvoLMM's code: 0.01)."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Largest gradient norm (EvoLMM's code: 1.0)."})
     per_device_train_batch_size: int | None = field(
         default=None,
         metadata={
@@ -394,10 +412,21 @@ class EvoLMMConfig(GRPOConfig):
                 "`ignore_data_skip=True` is not supported: a resumed run would read the images of other steps. A run finds "
                 "its place without reading what came before. Set `ignore_data_skip=False`."
             )
-        if self.multi_objective_aggregation != "sum_then_normalize" or self.pad_to_multiple_of is not None:
+        if self.sync_ref_model:
             raise ValueError(
-                "`multi_objective_aggregation` and `pad_to_multiple_of` have no effect here: extra rewards are summed and "
-                "batches are padded to their longest row. Leave both unset."
+                "`sync_ref_model=True` is not supported: the reference is the frozen base, which both roles' KL is measured "
+                "to. To hold the policy less, set a larger `kl_target`."
+            )
+        if self.loss_type == "bnpo":
+            raise ValueError(
+                "loss_type='bnpo' is not supported: it is a mean over the tokens of a micro-batch, and would depend on how a "
+                "step is cut into them. Set loss_type='dapo', the mean over all tokens of the step."
+            )
+        if self.entropy_coef != 0.0 or self.use_adaptive_entropy:
+            raise ValueError(
+                f"entropy_coef={self.entropy_coef} and use_adaptive_entropy={self.use_adaptive_entropy} are not supported: "
+                "the bonus is a mean over the tokens of a micro-batch, and would depend on how a step is cut into them. To "
+                "hold the entropy near the base's, raise `beta`."
             )
         for name, allowed in (
             ("reward", ("continuous", "discrete")),
@@ -434,6 +463,76 @@ class EvoLMMConfig(GRPOConfig):
         ):
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)}; expected {expected}.")
+        # TRL has made None of its "auto"
+        defaults = {**{field.name: field.default for field in fields(self)}, "pad_to_multiple_of": None}
+        for names, unused, why in (
+            (("multi_objective_aggregation",), True, "extra rewards are summed"),
+            (("pad_to_multiple_of",), True, "batches are padded to their longest row"),
+            (("use_transformers_continuous_batching",), True, "a rollout is one batch"),
+            (
+                ("epsilon", "delta", "sapo_temperature_neg", "sapo_temperature_pos"),
+                True,
+                "a rollout is trained on in one step, at a ratio of 1",
+            ),
+            (("epsilon_high",), self.loss_type != "cispo", "a rollout is trained on in one step, at a ratio of 1"),
+            (
+                ("off_policy_mask_threshold", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+                self.rollout != "vllm",
+                "the model that is trained has drawn the samples itself",
+            ),
+            (
+                (
+                    "vllm_server_urls",
+                    "vllm_adapter_dir",
+                    "vllm_request_timeout",
+                    "vllm_importance_sampling_mode",
+                    "async_rollouts",
+                ),
+                self.rollout != "vllm",
+                f"with rollout={self.rollout!r} no server would be asked",
+            ),
+            (
+                (
+                    "proposer_entropy_mean",
+                    "proposer_entropy_std",
+                    "diversity_weight",
+                    "blind_weight",
+                    "proposer_update_every",
+                    "proposer_beta",
+                    "proposer_kl_target",
+                ),
+                not self.train_proposer,
+                "train_proposer=False",
+            ),
+            (
+                (
+                    "solver_gamma",
+                    "length_weight",
+                    "length_target",
+                    "length_cap",
+                    "proposer_entropy_mean",
+                    "proposer_entropy_std",
+                ),
+                self.reward == "discrete",
+                "reward='discrete'",
+            ),
+            (("baseline_momentum",), self.baseline == "group", "baseline='group'"),
+            (
+                ("blind_questions",),
+                self.blind_weight > 0,
+                f"blind_weight={self.blind_weight}, with which every question is answered without the image",
+            ),
+            (
+                ("kl_target", "kl_rate", "beta_min", "beta_max", "proposer_kl_target"),
+                not self.adaptive_kl,
+                "adaptive_kl=False",
+            ),
+        ):
+            given = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) != defaults[name]]
+            if unused and given:
+                raise ValueError(
+                    f"{', '.join(given)} would have no effect: {why}. Leave it unset, or set what it needs."
+                )
         if self.agreement_band is not None:
             band = list(self.agreement_band)
             if len(band) != 2 or not 0 <= band[0] <= band[1] <= 1:
@@ -445,12 +544,6 @@ class EvoLMMConfig(GRPOConfig):
             )
         if self.rollout == "vllm":
             self._check_vllm()
-        elif self.vllm_server_urls or self.vllm_adapter_dir or self.async_rollouts:
-            raise ValueError(
-                f"vllm_server_urls={self.vllm_server_urls}, vllm_adapter_dir={self.vllm_adapter_dir!r} and "
-                f"async_rollouts={self.async_rollouts}, but rollout={self.rollout!r}: no server would be asked. Set "
-                "rollout='vllm'."
-            )
         most = (self.num_votes - 1) / self.num_votes
         if self.collect_preferences and self.preference_agreement > most:
             raise ValueError(
