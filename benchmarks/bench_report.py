@@ -139,9 +139,7 @@ class Bar:
         }[self.kind]
 
     def __str__(self) -> str:
-        verdict = {None: "not measured", True: "pass", False: "FAIL"}[self.passed]
-        figure = "" if self.figure is None else f"{self.figure:.3g}{self.unit}, "
-        return f"{verdict}: {self.name}: {figure}{self.kind} {self.limit:g}{self.unit}"
+        return f"{self.name}: {'not measured' if self.figure is None else f'{self.figure:.3g}{self.unit}'}"
 
 
 def bars(results: list[Result]) -> list[Bar]:

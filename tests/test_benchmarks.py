@@ -378,8 +378,8 @@ def test_a_bar_that_is_missed(bar, name, change):
 def test_bars_that_were_not_measured():
     held = bars([good()["ours"]])
     assert [bar.passed for bar in held] == [None] * 4 + [True] * 3 + [None] * 3
-    assert str(held[0]).startswith("not measured: seconds per image of sequential over evolmm's")
-    assert str(held[6]) == "pass: vision-tower passes per image of evolmm: 1, exactly 1"
+    assert re.fullmatch("seconds per image of sequential over evolmm's.*: not measured", str(held[0]))
+    assert str(held[6]) == "vision-tower passes per image of evolmm: 1"
     assert all(bar.passed is None for bar in bars([]))
 
 
@@ -404,7 +404,7 @@ def test_the_benchmark_writes_tables_and_figures(tmp_path, capsys):
     bench.main(["--quick", "--points", "100,2,1", "--contenders", "grpo", "evolmm", "--output", str(output)])
     text = output.with_suffix(".md").read_text()
     assert text in capsys.readouterr().out + "\n"
-    assert len(re.findall(r"^- (pass|FAIL|not measured): ", text, re.MULTILINE)) == 10
+    assert len(re.findall(r"^- .*: (not measured|[\d.]+x?)$", text, re.MULTILINE)) == 10
     document = json.loads(output.with_suffix(".json").read_text())
     assert {"commit", "cpu", "cores", "threads", "load", "torch"} <= document["machine"].keys()
     assert document["arguments"]["completion"] == 4
