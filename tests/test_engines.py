@@ -77,6 +77,20 @@ def test_an_engine_trains_as_one_process_does(engine, base, one_process, tmp_pat
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
+def test_deepspeed_moves_nothing_in_a_step_without_a_question_within_the_band(base, tmp_path):
+    # It makes its step within the backward
+    options = {"agreement_band": [0.6, 0.7], "weight_decay": 0.1, "max_steps": 6}
+    (one,) = run(None, base, tmp_path / "one", **options)
+    first, second = run("zero2", base, tmp_path / "zero2", **options)
+    trained = {r["step"] for r in rollouts(tmp_path / "zero2") if r["trained_on"]["solver"]}
+    (skipped,) = {1, 2, 3, 4, 5} - trained
+    assert skipped > 1  # so that there is momentum
+    assert largest_difference([first["weights"][skipped - 1]], [first["weights"][skipped - 2]]) == 0.0
+    assert largest_difference(first["weights"], second["weights"]) == 0.0
+    assert largest_difference(first["weights"], one["weights"]) < 1e-4
+    assert movement(first["weights"], "default") > 1e-3
+
+
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_a_sharded_run_resumes_where_it_was(engine, base, tmp_path):
     # The checkpoint is of before the proposer's first step, whose adapter has no optimizer state yet

@@ -27,6 +27,7 @@ from tiny_trainer import TalkingTrainer, Watch, config, image_dataset, logged, l
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from evolmm_trl import EvoLMMTrainer, canonical_answer
+from evolmm_trl import trainer as trainer_module
 from evolmm_trl.rollout.samples import EncodedPrompt
 from evolmm_trl.shared_prefix import PackedGroups
 
@@ -105,6 +106,33 @@ def test_an_update_that_does_not_see_the_image_is_refused(bases, blind_role, sha
     )
     with pytest.raises(RuntimeError, match=f"The {blind_role}'s log-probs do not change with the image"):
         trainer.train()
+
+
+def test_whether_the_image_is_seen_is_asked_and_judged_on_all_processes(bases, tmp_path, monkeypatch):
+    forwards = []
+
+    class FirstTrainer(TalkingTrainer):
+        def _completion_logps(self, model, batch):
+            forwards.append(batch)
+            return super()._completion_logps(model, batch)
+
+        def _check_first_batch(self, samples, counts):
+            for counted in ([True] * len(samples), [False] * len(samples)):
+                self._sharing_verified = False
+                forwards.clear()
+                super()._check_first_batch(samples, counted)
+                made.append(len(forwards))
+            # As if another process, whose forward this one's belongs to, had found its image without effect
+            monkeypatch.setattr(trainer_module, "gather_object", lambda verdicts: [*verdicts, True])
+            super()._check_first_batch(samples, counts)
+
+    made = []
+    trainer = FirstTrainer(
+        model=bases["qwen2_5_vl"], args=config(tmp_path), train_dataset=image_dataset(), peft_config=lora()
+    )
+    with pytest.raises(RuntimeError, match="The solver's log-probs do not change with the image"):
+        trainer.train()
+    assert made == [4, 4]
 
 
 def test_a_vision_tower_that_does_not_see_the_image_is_refused(bases, tmp_path, monkeypatch):

@@ -663,6 +663,52 @@ def test_outside_the_agreement_band_nothing_moves_not_by_one_bit(base, tmp_path)
     assert len(logged(trainer, "solver/kl")) == len(set(inside))
 
 
+def test_the_baseline_within_the_agreement_band_is_that_of_the_answers_that_are_trained_on(base, tmp_path):
+    trainer = make(base, tmp_path, agreement_band=[0.6, 0.7], gradient_accumulation_steps=4, max_steps=5)
+    trainer.train()
+    by_step = {}
+    for record in records_of(trainer):
+        rewards, advantages = by_step.setdefault(record["step"], ([], []))
+        if record["trained_on"]["solver"]:
+            rewards += [answer["reward"] for answer in record["answers"]]
+            advantages += [answer["advantage"] for answer in record["answers"]]
+    assert any(len(rewards) < 12 for rewards, _ in by_step.values())
+    baseline = None
+    for rewards, advantages in by_step.values():
+        if rewards:
+            mean = sum(rewards) / len(rewards)
+            baseline = mean if baseline is None else baseline
+            assert advantages == pytest.approx([reward - baseline for reward in rewards], abs=1e-5)
+            baseline = 0.9 * baseline + 0.1 * mean
+    assert trainer.baselines["solver"].value == pytest.approx(baseline, abs=1e-5)
+
+
+def test_within_the_agreement_band_groups_stay_whole_and_metrics_are_those_of_their_tokens(base, tmp_path):
+    runs = []
+    for per_device, accumulation in ((3, 4), (12, 1)):
+        trainer = make(
+            base,
+            tmp_path / str(accumulation),
+            agreement_band=[0.6, 0.7],
+            per_device_train_batch_size=per_device,
+            gradient_accumulation_steps=accumulation,
+            adam_epsilon=1e-4,
+            max_steps=5,
+        )
+        trainer.train()
+        runs.append(trainer)
+    one, other = runs
+    assert records_of(one) == records_of(other)
+    assert largest_difference(snapshot(one), snapshot(other)) < 1e-5
+    for metric in ("solver/kl", "solver/entropy", "proposer/entropy"):
+        assert logged(one, metric) and logged(one, metric) == pytest.approx(logged(other, metric), abs=1e-5)
+    # A micro-batch without a group is one row that does not count
+    rows = [
+        (len(b["completion_ids"]), bool(b["completion_mask"].any())) for _, role, b in one.batches if role == "solver"
+    ]
+    assert set(rows) == {(3, True), (1, False)}
+
+
 RUN = """
 import sys
 
@@ -796,6 +842,61 @@ def test_rollouts_and_weights_do_not_depend_on_how_a_step_is_split(base, tmp_pat
         assert largest_difference(snapshot(trainer), snapshot(runs[0])) < 1e-5
         for metric in ("solver/kl", "proposer/kl"):
             assert logged(trainer, metric) == pytest.approx(logged(runs[0], metric), abs=1e-5)
+
+
+class InterruptedTrainer(WatchedTrainer):
+    """Ctrl-C in the forward of the second micro-batch of the second step, once."""
+
+    interrupted = False
+
+    def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy=False, **kwargs):
+        if self._step == 3 and compute_entropy and not self.interrupted:
+            self.interrupted = True
+            raise KeyboardInterrupt
+        return super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=compute_entropy, **kwargs)
+
+
+def test_a_second_run_of_a_trainer_begins_anew_though_the_first_was_interrupted_within_a_step(base, tmp_path):
+    trainer = make(base, tmp_path, InterruptedTrainer, beta_min=0.0, kl_rate=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    first = records_of(trainer)
+    assert {record["step"] for record in first} == {1, 2}
+    trainer.batches.clear()
+    trainer.train()
+    assert [at for at, role, _ in trainer.batches if role == "solver"] == [0, 0, 1, 1]
+    records = records_of(trainer)
+    assert [record["step"] for record in records] == [1, 1, 2, 2]
+    old = (tmp_path / "rollouts.1.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in old] == first
+    rewards = [answer["reward"] for record in records[:2] for answer in record["answers"]]
+    assert logged(trainer, "solver/baseline")[0] == pytest.approx(sum(rewards) / len(rewards))
+    assert logged(trainer, "solver/reward")[0] == pytest.approx(sum(rewards) / len(rewards))
+    assert logged(trainer, "solver/beta")[0] == logged(trainer, "proposer/beta")[0] == 0.001
+    assert logged(trainer, "novel_questions")[0] == len({r["question"] for r in records[:2]}) / 2
+
+
+def test_questions_kept_as_features_are_not_resumed_on_the_plain_path(base, tmp_path):
+    make(base, tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+    with pytest.raises(ValueError, match="the vision tower's features.*resume with shared_prefix=True"):
+        make(base, tmp_path, shared_prefix=False).train(resume_from_checkpoint=True)
+
+
+def test_a_given_optimizer_that_deepspeed_would_step_without_samples_is_refused(base, tmp_path):
+    class UnderDeepSpeed(TalkingTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.is_deepspeed_enabled = True
+
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="DeepSpeed would step.*agreement_band.*`args.optim`"):
+        UnderDeepSpeed(
+            model=model,
+            args=config(tmp_path, beta=0.0, agreement_band=[0.5, 1.0]),
+            train_dataset=image_dataset(),
+            optimizers=(optimizer, None),
+        )
 
 
 # Datasets

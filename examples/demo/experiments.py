@@ -88,7 +88,7 @@ class FineTuning(EvoLMMTrainer):
         chosen = [[float(v.agreement > 0.6 and a is not None and a == v.majority) for a in v.answers] for v in votes]
         return chosen, proposer
 
-    def _advantages(self, role, groups):
+    def _advantages(self, role, groups, trained):
         return groups
 
     def _roll_out(self, rows):

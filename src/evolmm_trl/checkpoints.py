@@ -178,6 +178,12 @@ class RoleCheckpoints:
         self._pending_questions = load_samples(
             Path(checkpoint) / f"pending_questions_{self.accelerator.process_index}.safetensors"
         )
+        if not self._share_prefix and any(sample.prompt.features is not None for sample in self._pending_questions):
+            raise ValueError(
+                f"{checkpoint} keeps the images of the questions that wait for the proposer's step as the vision tower's "
+                "features, which the plain path cannot read: resume with shared_prefix=True, as it was saved, or from a "
+                "checkpoint where none wait, right after a proposer's step."
+            )
         if state.get("rollout_in_flight") and self.args.async_rollouts:
             self._load_rollout_state(json.loads((Path(checkpoint) / self._rollout_file()).read_text()))
         if self.accelerator.is_main_process:

@@ -109,8 +109,7 @@ from .voting import Vote, is_settled, vote
 
 logger = logging.getLogger(__name__)
 
-# Losses that TRL averages over the rows of a micro-batch. The others it already normalises over the whole step, but for
-# "bnpo", which is by its definition the mean over the tokens of a micro-batch
+# Losses that TRL averages over the rows of a micro-batch. The others it already normalises over the whole step
 _ROW_MEAN_LOSSES = ("grpo", "dr_grpo", "sapo", "luspo")
 # Largest mean difference, in nats per token, between the log-probs of the shared-prefix forward and of the plain one.
 # In float32 it is about 1e-6, in bfloat16 about 1e-2; a wrong mask or position makes it 0.1 and more
@@ -259,6 +258,12 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
         )
         args.dataloader_num_workers = workers
 
+        skips = args.agreement_band is not None or args.mask_truncated_completions
+        if optimizers[0] is not None and self.is_deepspeed_enabled and skips:
+            raise ValueError(
+                "`optimizers` holds an optimizer, which DeepSpeed would step where no sample of a step is trained on, with "
+                "agreement_band or mask_truncated_completions. Choose the optimizer with `args.optim`."
+            )
         if not reward_funcs:
             self.reward_funcs, self.reward_func_names, self.reward_processing_classes = [], [], []
         self._set_up_roles(lora_configs, vision)
@@ -277,13 +282,8 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
         self.prompts = args.role_prompts
         self._special_tokens = special_tokens(self._tokenizer)
         self.schedule = RoleSchedule(args.proposer_update_every, args.train_proposer)
-        self.kl = {role: self._adaptive_kl(role) for role in ROLES}
-        self.baselines = {role: EMABaseline(args.baseline_momentum) for role in ROLES}
-        self._set_up_records()
-        self._pending_questions: list[Sample] = []  # asked since the proposer's last step
-        self._micro_batches: list[list[_Part]] = []  # of the current optimizer step
+        self._begin_run()
         self._model_inputs = None  # of the current forward, for `_get_per_token_logps_and_entropies`
-        self._step_seconds: defaultdict[str, float] = defaultdict(float)  # of the current optimizer step, by stage
         self._first_batch_checked: set[str] = set()
         self._first_step_checked: set[str] = set()
         if eval_dataset is not None:
@@ -384,6 +384,17 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
             None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model),
         )
 
+    def _begin_run(self) -> None:
+        """The state of a run at its start. That of a checkpoint is loaded later."""
+        self.kl = {role: self._adaptive_kl(role) for role in ROLES}
+        self.baselines = {role: EMABaseline(self.args.baseline_momentum) for role in ROLES}
+        self._set_up_records()
+        self._pending_questions: list[Sample] = []  # asked since the proposer's last step
+        self._step = 0  # TRL's count of micro-batches
+        self._micro_batches: list[list[_Part]] = []  # of the current optimizer step
+        self._step_seconds: defaultdict[str, float] = defaultdict(float)  # of the current optimizer step, by stage
+        self._metrics["train"].clear()
+
     def _adaptive_kl(self, role: str) -> AdaptiveKL:
         args = self.args
         own = role == PROPOSER
@@ -470,14 +481,15 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """
-        Trains as the parent does, and leaves the model as the solver whichever role was trained last.
+        Trains as the parent does, and leaves the model as the solver whichever role was trained last. Each call is a run:
+        without a checkpoint it goes on from the weights alone, and renames the rollout log of the run before.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 Folder of a checkpoint. `True`: the last one in `args.output_dir` that was written to its end; if there is
                 none, training starts from the beginning.
         """
-        self._pending_questions = []  # of an earlier call; those of a checkpoint are loaded later
+        self._begin_run()  # whatever an earlier call has left, be it in the middle of a step
         self._drop_rollout()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
@@ -519,7 +531,9 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
         micro_batches = self.args.gradient_accumulation_steps
         if self._step % micro_batches == 0:
             self._begin_step(inputs)
-        self.roles.activate(self.role)  # stays until after the backward, which may recompute the forward
+        # Stays until after the backward, which may recompute the forward, and within which DeepSpeed makes its step: no role
+        # where there is no question within the agreement band, or no completion that ended, lest momentum move anything
+        self.roles.activate(self.role if self._step_tokens else None)
         reference = self._step_seconds["reference"]
         with self._timed("update"):
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -568,10 +582,9 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
         solver, proposer = self._rewards(questions, answers, votes)
         proposer = self._penalised(proposer, questions, votes, blind)
         solver = self._add_reward_funcs(solver, rows, questions, completions, answer_ids)
-        solver_advantages = self._advantages(SOLVER, solver)
-        (proposer_advantages,) = self._advantages(PROPOSER, [proposer])
-
         trained = [_within(v.agreement, args.agreement_band) for v in votes]
+        solver_advantages = self._advantages(SOLVER, solver, trained)
+        (proposer_advantages,) = self._advantages(PROPOSER, [proposer], [True])
         step = self.state.global_step
         rollouts = [
             Rollout(
@@ -765,20 +778,27 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
         extra = (per_func * self.reward_weights.to(per_func.device)).nansum(dim=1)[local].view(-1, n).tolist()
         return [[a + b for a, b in zip(*groups, strict=True)] for groups in zip(solver, extra, strict=True)]
 
-    def _advantages(self, role: str, groups: list[list[float]]) -> list[list[float]]:
+    def _advantages(self, role: str, groups: list[list[float]], trained: list[bool]) -> list[list[float]]:
         """
-        Rewards minus baseline. The moving average is fixed for the whole rollout, over all processes, and moves once
-        after it.
+        Rewards minus baseline. The moving average is fixed for the whole rollout, over the groups of all processes that are
+        trained on, and moves once after it.
         """
         rewards = torch.tensor(groups, device=self.accelerator.device)
-        mean = self.accelerator.gather(rewards.mean()).mean().item()
-        if self.args.baseline == "ema":
+        counted = rewards[torch.tensor(trained, device=rewards.device)]
+        sums = torch.stack([counted.sum(), torch.ones_like(counted).sum()])
+        total, count = self.accelerator.gather(sums[None]).sum(dim=0).tolist()
+        mean = total / count if count else None
+        if self.args.baseline == "group" and role == SOLVER:
+            baseline = rewards.mean(dim=1, keepdim=True)
+        elif self.args.baseline == "group":
+            baseline = mean  # the questions of a rollout are the proposer's group
+        elif count:
             baseline = self.baselines[role].start(mean)
             self.baselines[role].update(mean)
         else:
-            # The questions of a rollout are the proposer's group
-            baseline = mean if role == PROPOSER else rewards.mean(dim=1, keepdim=True)
-        self._log_train(f"{role}/baseline", mean if self.args.baseline == "group" else baseline)
+            baseline = self.baselines[role].value or 0.0  # of what is recorded alone
+        if count:
+            self._log_train(f"{role}/baseline", mean if self.args.baseline == "group" else baseline)
         return (rewards - baseline).tolist()
 
     def _set_step_samples(self, samples: list[Sample]) -> None:
@@ -789,7 +809,9 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
         self._step_rows = sum(len(tokens) for tokens, _ in everywhere)
         self._step_tokens = sum(sum(tokens) for tokens, _ in everywhere)
         self._step_advantages = sum(advantages for _, advantages in everywhere)
-        self._step_kl: float | None = None
+        self._step_metrics: defaultdict[str, float] = defaultdict(
+            float
+        )  # TRL's, each part's by its share of the tokens
         if samples:
             self._spare_sample = samples[0]
 
@@ -799,13 +821,14 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
 
         def parts(rows: list) -> list[list[list]]:
             rows = [*rows, *[None] * (most - len(rows))]
-            group_size = self.args.num_generations if self.role == SOLVER else 1
-            micro_batches = split_evenly(rows, self.args.gradient_accumulation_steps, group_size)
-            # The proposer has a prompt per row: as many of them at a time as the solver has, lest it need more memory
             most_rows = self.args.per_device_train_batch_size
-            if self.role == PROPOSER:
-                most_rows = max(1, most_rows // self.args.num_generations)
-            most_rows = max(most_rows, group_size)
+            groups = most_rows // self.args.num_generations
+            # A group is whole where the batch size has room for one. The proposer has a prompt per row: as many of them at a
+            # time as the solver has, lest it need more memory
+            group_size = self.args.num_generations if self.role == SOLVER and groups else 1
+            if groups or self.role == PROPOSER:
+                most_rows = max(1, groups) * group_size
+            micro_batches = split_evenly(rows, self.args.gradient_accumulation_steps, group_size)
             return [[m[i : i + most_rows] for i in range(0, len(m), most_rows)] or [[None]] for m in micro_batches]
 
         counts = [parts(tokens) for tokens, _ in everywhere]
@@ -925,24 +948,23 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
         self.beta = self.kl[self.role].beta
         reference = None
         free = self.ref_model is None and isinstance(self.model, PeftModel)
-        if self.beta == 0.0 and free and self._step_kl is None and part.tokens:
+        if self.beta == 0.0 and free and "kl" not in self._step_metrics and part.tokens:
             # Nothing holds the policy, and how far it has gone is seen on the step's first part, at little cost
             with self._timed("reference"), torch.no_grad():
                 reference = self._reference_logps(batch)
         train_metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
         self._model_inputs = batch.pop("model_inputs")
         self._weighed = batch if self.servers is not None else None
-        loss = super().compute_loss(model, batch)
-        role_metrics, self._metrics["train"] = self._metrics["train"], train_metrics
-        kl = role_metrics.pop("kl", [None])[0]  # of this part; the step's is logged at its end
-        for name, values in role_metrics.items():
-            train_metrics[f"{self.role}/{name}"].extend(values)
-        if self._step_tokens == 0:
+        try:
+            loss = super().compute_loss(model, batch)
+        finally:
+            part_metrics, self._metrics["train"] = self._metrics["train"], train_metrics
+        if part.tokens == 0:
             return loss
-        if kl is not None:
-            self._step_kl = (self._step_kl or 0.0) + kl * part.tokens / self._step_tokens
-        elif reference is not None:
-            self._step_kl = self._unpenalised_kl(batch, reference)
+        for name, (value,) in part_metrics.items():
+            self._step_metrics[name] += value * part.tokens / self._step_tokens
+        if reference is not None:
+            self._step_metrics["kl"] = self._unpenalised_kl(batch, reference)
         if self.loss_type in _ROW_MEAN_LOSSES:
             micro_batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
             loss = loss * (len(part.samples) * micro_batches / self._step_rows)
@@ -955,16 +977,14 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
         if self.servers is not None:
             self._log_sampling_difference()
         if self._step_tokens == 0:
-            # No question within the agreement band, or no completion that ended: nothing may move, not even by momentum
-            self.roles.activate(None)
             self.optimizer.zero_grad(set_to_none=True)  # for an optimizer of the user's, which knows no roles
             return
         self._set_moved(self.role)
         self._log_train(f"{self.role}/beta", self.kl[self.role].beta)
-        if self._step_kl is not None:
-            self._log_train(f"{self.role}/kl", self._step_kl)
-            if self.beta != 0.0:
-                self.kl[self.role].update(self._step_kl)
+        for name, value in self._step_metrics.items():
+            self._log_train(f"{self.role}/{name}", value)
+        if self.beta != 0.0:
+            self.kl[self.role].update(self._step_metrics["kl"])
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -992,6 +1012,7 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
         mask = self._to_device(collate_completions(samples, self._tokenizer.pad_token_id))["completion_mask"].bool()
         mask &= torch.tensor(counts, device=mask.device)[:, None]
         has_pixels = all("pixel_values" in sample.prompt.image_inputs for sample in samples)
+        has_pixels = all(gather_object([has_pixels]))  # what follows is done on all processes or on none
 
         def logps(samples: list[Sample], shared: bool) -> torch.Tensor:
             return self._completion_logps(self.model, self._collate(samples, counts, shared))[mask]
@@ -1012,11 +1033,15 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
         if not shared and not has_pixels:
             raise RuntimeError(
                 f"The batch of the {self.role}'s first step holds no `pixel_values` but "
-                f"{sorted(samples[0].prompt.image_inputs)}: the policy gradient would not see the image."
+                f"{sorted(samples[0].prompt.image_inputs)}: the policy gradient would not see the image. If these are "
+                "questions of a checkpoint, which are kept as the vision tower's features, resume with shared_prefix=True."
             )
         with self._sampling() as model:
             others = self._with_other_images(model, samples)
-        if mask.any() and torch.equal(logps(samples, shared), logps(others, shared)):
+        # Both on every process, since sharded weights are gathered for them, and the verdict is that of all
+        own, other = logps(samples, shared), logps(others, shared)
+        blind = mask.any() and torch.equal(own, other)
+        if any(gather_object([bool(blind)])):
             raise RuntimeError(
                 f"The {self.role}'s log-probs do not change with the image: the policy gradient would not see it. Check "
                 "that the chat template places the image and the processor returns it."

@@ -306,11 +306,9 @@ def continued(prompt: EncodedPrompt, ids: Sequence[int]) -> EncodedPrompt:
 
 def split_evenly(samples: Sequence, parts: int, group_size: int = 1) -> list[list]:
     """
-    Splits samples, in order, into this many parts of about equal size. Groups stay whole, unless there are fewer groups
-    than parts.
+    Splits samples, in order, into this many parts of about equal size. Groups stay whole: where there are fewer of them
+    than parts, some parts are empty.
     """
-    if len(samples) < parts * group_size:
-        group_size = 1
     groups = len(samples) // group_size
     bounds = [groups * part // parts * group_size for part in range(parts + 1)]
     return [list(samples[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
