@@ -125,21 +125,27 @@ ARMS = {
         {"beta": 0.0, "learning_rate": 1e-3, "max_steps": 400},
     ),
     "collapse_agreed": (
-        "collapse on base `noisy`, with 200 labelled questions",
+        "collapse on base `noisy`, with 500 labelled questions, not stopped",
         "noisy",
         EvoLMMTrainer,
-        range(5),
+        range(20, 25),
         {
             "beta": 0.0,
             "learning_rate": 1e-3,
-            "max_steps": 60,
+            "max_steps": 120,
             "eval_strategy": "steps",
-            "eval_steps": 5,
+            "eval_steps": 10,
             "per_device_eval_batch_size": 100,
             "num_generations_eval": 2,
         },
     ),
-    "healthy": ("healthy", "room", EvoLMMTrainer, range(5), {"learning_rate": 5e-4, "max_steps": 300}),
+    "healthy": (
+        "healthy",
+        "room",
+        EvoLMMTrainer,
+        (*range(5), *range(20, 25)),
+        {"learning_rate": 5e-4, "max_steps": 300},
+    ),
     "template": ("habit: one template", "room", OneTemplate, range(3), _HABIT),
     "needs_no_image": ("habit: needs no image", "taught", NeedsNoImage, range(3), _HABIT),
     "repeats": ("no penalty", "room", EvoLMMTrainer, range(3), {"max_steps": 120}),
@@ -159,13 +165,13 @@ ARMS = {
         {"max_steps": 60, "blind_weight": 1.0, "blind_questions": 0},
     ),
 }
-GUARDED = ("collapse_agreed", "healthy", "template", "needs_no_image")
+GUARDED = ("template", "needs_no_image")
 # Those whose runs are to be left alone if they improve
 SOUND = ("healthy", "repeats", "repeats_less", "guesses", "guesses_less")
 # Steps between two measurements of accuracy, which the guard knows nothing of
-MEASURED_EVERY = {"collapse_on": 10, "collapse_agreed": 5, "healthy": 100}
+MEASURED_EVERY = {"collapse_on": 10, "collapse_agreed": 10, "healthy": 100}
 QUESTIONS = {"collapse_on": 500}  # of the others 300
-LABELLED = 200  # questions that the guard of `collapse_agreed` is given
+LABELLED = 500  # questions that the guard of `collapse_agreed` is given
 # Points of accuracy, a fall by which a collapse is to be seen before
 FALL = 3
 
