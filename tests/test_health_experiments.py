@@ -84,19 +84,19 @@ def test_habits_are_flagged_within_ten_steps_and_live_as_in_their_logs(arm):
 
 
 def test_healthy_runs_are_left_alone():
-    assert len(runs("healthy")) == 5
+    assert len(runs("healthy")) == 10
     assert all(first_alarm(row) is None and row["steps"] == 300 for row in runs("healthy"))
 
 
 def test_the_page_states_what_the_logs_give():
     text = PAGE.read_text()
-    assert "healthy: the guard ends 0 of 5 runs" in text
+    assert "healthy: the guard ends 0 of 10 runs" in text
     assert re.search(r"one template: flagged in 3 of 3 runs, at step (\d|10), (\d|10), (\d|10), by distinct_q", text)
     assert re.search(r"needs no image: flagged in 3 of 3 runs, at step (\d|10), (\d|10), (\d|10), by blind_s", text)
     sound = [row for arm in SOUND for row in runs(arm)]
-    assert len(sound) == 17 and all(row["accuracy"][-1][1] > row["accuracy"][0][1] for row in sound)
+    assert len(sound) == 22 and all(row["accuracy"][-1][1] > row["accuracy"][0][1] for row in sound)
     ended = sum(first_alarm(row) is not None for row in sound)
-    assert f"**Runs that gain accuracy**: the guard ends {ended} of 17" in text
+    assert f"**Runs that gain accuracy**: the guard ends {ended} of 22" in text
 
 
 def test_a_collapse_is_judged_by_the_best_up_to_the_alarm(page, tmp_path, monkeypatch):
@@ -107,6 +107,7 @@ def test_a_collapse_is_judged_by_the_best_up_to_the_alarm(page, tmp_path, monkey
         result("collapse_on", 20, [(0, 0.7), (3, 0.9), (6, 0.88), (9, 0.99), (400, 0.2)], steps=400, **away),
         result("collapse_on", 21, [(0, 0.7), (3, 0.9), (6, 0.80), (400, 0.89)], steps=400, **stuck),
         result("collapse_on", 22, [(0, 0.7), (400, 0.2)], steps=400),
+        result("collapse_on", 23, [(0, 0.7), (400, 0.7)], steps=400),
         result("healthy", 0, [(0, 0.7), (300, 0.9)], **{"solver/kl": max_kl - 0.01}),
         result("template", 0, [(0, 0.7), (9, 0.7)], **stuck),
         result("template", 1, [(0, 0.7), (20, 0.7)]),
@@ -118,25 +119,17 @@ def test_a_collapse_is_judged_by_the_best_up_to_the_alarm(page, tmp_path, monkey
     monkeypatch.setattr(health_experiments, "RESULTS", file)
     health_experiments.report()
     text = page.read_text()
-    assert "an alarm in 2 of 3 runs, at step 7, 7, by distinct_questions (1), kl (1), without" in text
-    assert "**In 1 of 3 runs the alarm comes before accuracy has fallen by 3 points**" in text
+    assert "an alarm in 2 of 4 runs, at step 7, 7, by distinct_questions (1), kl (1). It comes" in text
     assert (
-        "At the end 2 of 3 runs are 3 points or more below that: end minus best is -70.0, -1.0, -50.0 points" in text
+        "below the best measured up to it in 1 of 4 runs, at most 10.0 points below it, and below the start's in 0."
+        in text
     )
-    assert "| 20 | 7 | kl | 0.700 | 0.900 | 0.880 | -2.0 | 0.200 | -70.0 |" in text
-    assert "| 22 | - | none | 0.700 | 0.700 | 0.200 | -50.0 | 0.200 | -50.0 |" in text
+    assert "and 2 of 4 end 3 points or more below that best: by -70.0, -1.0, -50.0, +0.0 points" in text
+    assert "| `room` | 20 | 7 | kl | 0.700 | 0.900 | 0.880 | -2.0 | 0.200 | -70.0 |" in text
+    assert "| `room` | 22 | - | none | 0.700 | 0.700 | 0.200 | -50.0 | 0.200 | -50.0 |" in text
     assert "the guard ends 1 of 2 (base `room`, no penalty, seed 0: distinct_questions at step 7)" in text
     assert "healthy: the guard ends 0 of 1 runs" in text
     assert "flagged in 1 of 2 runs, at step 7, by distinct_questions" in text
     assert f"| `solver/kl` | 0.100 | {max_kl - 0.01:.3f} | `max_kl={max_kl:g}` |" in text
     assert "beyond the threshold of 1 of 5 metrics: `distinct_questions`." in text
     assert "| base `room`, no penalty | 1 | 0.10 | 0.90 | 0.30 | 0.10 | 0.25 | 10.0 | 0.80 |" in text
-
-
-def test_an_accuracy_without_a_standard_error_is_given_that_of_its_questions():
-    log = [
-        {"step": step, "eval_accuracy_greedy": accuracy, "eval_agreement": 0.5 + step / 100}
-        for step, accuracy in enumerate([0.65, 0.6, 0.6, 0.6])
-    ]
-    assert CollapseGuard().first_alarm(log).condition == "accuracy"
-    assert first_alarm({"log": log}) is None  # a fall of 5 points, of two standard errors of 7

@@ -359,13 +359,7 @@ def _last(result: dict, name: str, rows: int = 20) -> float:
 
 def first_alarm(result: dict) -> Alarm | None:
     """Where the guard with its default thresholds ends a run, by its log."""
-    rows = []
-    for row in result["log"]:
-        if "eval_accuracy_greedy" in row:  # some logs lack its standard error
-            accuracy = row["eval_accuracy_greedy"]
-            row = {"eval_accuracy_greedy_stderr": (accuracy * (1 - accuracy) / LABELLED) ** 0.5, **row}
-        rows.append(row)
-    return CollapseGuard().first_alarm(rows)
+    return CollapseGuard().first_alarm(result["log"])
 
 
 def _of(results: list[dict], arm: str) -> list[dict]:
@@ -404,8 +398,13 @@ class _Collapse:
     end: float
 
     @property
+    def fallen(self) -> float:
+        """Points below the best at the alarm. What is measured is a multiple of 0.2 points."""
+        return round(100 * (self.best - self.then), 1)
+
+    @property
     def in_time(self) -> bool:
-        return self.alarm is not None and self.best - self.then < FALL / 100
+        return self.alarm is not None and self.fallen < FALL
 
 
 def _collapse(result: dict) -> _Collapse:
@@ -416,16 +415,16 @@ def _collapse(result: dict) -> _Collapse:
 
 def _collapse_rows(results: list[dict]) -> list[str]:
     rows = [
-        "| seed | first alarm at step | condition | accuracy at the start | best up to the alarm | at the alarm | alarm minus best, "
-        "points | at the end of the run, which went on | end minus best, points |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| base | seed | first alarm at step | condition | accuracy at the start | best up to the alarm | at the alarm | alarm minus "
+        "best, points | at the end of the run, which went on | end minus best, points |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for result in _of(results, "collapse_on"):
+    for result in (*_of(results, "collapse_on"), *_of(results, "collapse_agreed")):
         run = _collapse(result)
         step, condition = (run.alarm.step, run.alarm.condition) if run.alarm else ("-", "none")
         rows.append(
-            f"| {result['seed']} | {step} | {condition} | {run.start:.3f} | {run.best:.3f} | {run.then:.3f} | "
-            f"{_points(run.then - run.best)} | {run.end:.3f} | {_points(run.end - run.best)} |"
+            f"| `{ARMS[result['arm']][1]}` | {result['seed']} | {step} | {condition} | {run.start:.3f} | {run.best:.3f} | "
+            f"{run.then:.3f} | {_points(run.then - run.best)} | {run.end:.3f} | {_points(run.end - run.best)} |"
         )
     return rows
 
@@ -435,7 +434,7 @@ def _guard_rows(results: list[dict]) -> list[str]:
         "| run | seed | steps | first alarm at step | condition | accuracy at the start | best | at the end |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for arm in ("collapse_agreed", *SOUND, "template", "needs_no_image"):
+    for arm in (*SOUND, "template", "needs_no_image"):
         for result in _of(results, arm):
             scores, alarm = [score for _, score in result["accuracy"]], first_alarm(result)
             step, condition = (alarm.step, alarm.condition) if alarm else ("-", "none")
@@ -446,19 +445,29 @@ def _guard_rows(results: list[dict]) -> list[str]:
     return rows
 
 
+def _collapse_lines(what: str, runs: list[_Collapse]) -> list[str]:
+    alarms = [run.alarm for run in runs if run.alarm]
+    ruined = [run for run in runs if run.best - run.end >= FALL / 100]
+    worst = max((run.fallen for run in runs if run.alarm), default=0.0)
+    below = sum(run.alarm is not None and run.then < run.start for run in runs)
+    return [
+        f"- **{what}**: an alarm in {len(alarms)} of {len(runs)} runs, at step {_listed(a.step for a in alarms)}, by "
+        f"{_conditions(alarms)}. It comes before accuracy is {FALL} points below the best measured up to it in "
+        f"{sum(run.in_time for run in runs)} of {len(runs)} runs, at most {worst:.1f} points below it, and below the start's in "
+        f"{below}. The runs go on, and {len(ruined)} of {len(runs)} end {FALL} points or more below that best: by "
+        f"{_listed(_points(run.end - run.best) for run in runs)} points.",
+    ]
+
+
 def _guard_summary(results: list[dict]) -> list[str]:
     lines = []
-    runs = [_collapse(result) for result in _of(results, "collapse_on")]
-    if runs:
-        alarms = [run.alarm for run in runs if run.alarm]
-        fallen = [run for run in runs if run.best - run.end >= FALL / 100]
-        lines += [
-            f"- **A collapse that is not stopped**: the guard raises an alarm in {len(alarms)} of {len(runs)} runs, at step "
-            f"{_listed(a.step for a in alarms)}, by {_conditions(alarms)}, without a labelled question.",
-            f"- **In {sum(run.in_time for run in runs)} of {len(runs)} runs the alarm comes before accuracy has fallen by {FALL} "
-            f"points** from the best measured up to it. At the end {len(fallen)} of {len(runs)} runs are {FALL} points or more below "
-            f"that: end minus best is {_listed(_points(run.end - run.best) for run in runs)} points.",
-        ]
+    for arm, what in (
+        ("collapse_on", "Collapse on base `room`, without a labelled question"),
+        ("collapse_agreed", f"Collapse on base `noisy`, with {LABELLED} labelled questions"),
+    ):
+        runs = [_collapse(result) for result in _of(results, arm)]
+        if runs:
+            lines += _collapse_lines(what, runs)
     improved = _improved(results)
     ended = [(result, alarm) for result in improved if (alarm := first_alarm(result))]
     if improved:
@@ -477,14 +486,6 @@ def _guard_summary(results: list[dict]) -> list[str]:
                 f"- {ARMS[arm][0]}: flagged in {len(alarms)} of {len(runs)} runs, at step {_listed(a.step for a in alarms)}, by "
                 f"{_listed(sorted({a.condition for a in alarms}))}."
             )
-    runs = _of(results, "collapse_agreed")
-    if runs:
-        falls = [max(score for _, score in r["accuracy"]) - r["accuracy"][-1][1] for r in runs]
-        lines.append(
-            f"- {ARMS['collapse_agreed'][0]}: the guard ends {sum(first_alarm(r) is not None for r in runs)} of {len(runs)} runs in "
-            f"the {min(r['steps'] for r in runs)} to {max(r['steps'] for r in runs)} steps that they have. Accuracy ends at most "
-            f"{100 * max(falls):.1f} points below its best."
-        )
     return lines
 
 
