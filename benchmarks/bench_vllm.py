@@ -58,6 +58,9 @@ WAYS = {
     "server, asynchronous": {"rollout": "vllm", "async_rollouts": True},
 }
 SPEED_STEPS, SPEED_REPEATS = 10, 2
+# How long answers are: those of the demo are short, and of long ones generation has the larger part
+LONG = 128
+LENGTHS = {"as the model ends them": None, f"{LONG} tokens": LONG}
 _DIFFERENCE = "sampling/sampling_logp_difference/mean"
 
 
@@ -75,12 +78,17 @@ class Clock(TrainerCallback):
             self.seconds.append(time.perf_counter() - self.start)
 
 
-def train(base: Path, images, folder: Path, way: str, seed: int, steps: int, server: VLLMProcess, kills=()) -> tuple:
-    """A run; at each of `kills` the server is killed while it answers, and started again."""
+def train(
+    base: Path, images, folder: Path, way: str, seed: int, steps: int, server: VLLMProcess, kills=(), length=None
+) -> tuple:
+    """A run; at each of `kills` the server is killed while it answers, and started again. Of a `length`, no answer ends."""
     options = dict(WAYS[way])
     if options:
         options |= {"vllm_server_urls": [server.url], "vllm_server_timeout": 1200.0}
     model, processor = load_model(base)
+    if length is not None:
+        ends = [processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id]
+        options |= {"max_completion_length": length, "generation_kwargs": {"suppress_tokens": ends}}
     clock = Clock()
     trainer = EvoLMMTrainer(
         model=model,
@@ -158,21 +166,23 @@ def training(base: Path, images, folder: Path, server: VLLMProcess, found: dict,
 
 def speed(base: Path, images, folder: Path, server: VLLMProcess, found: dict, save) -> None:
     """Seconds per image of a solver's step, the ways one after the other and again."""
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    waits: dict[str, list[float]] = {way: [] for way in WAYS}
-    for repeat in range(SPEED_REPEATS):
-        for way in WAYS:
-            output = folder / f"speed-{repeat}-{way}".replace(" ", "_")
-            trainer, steps, _, _ = train(base, images, output, way, repeat, SPEED_STEPS, server)
-            per_image = [value / trainer.args.images_per_step for value in steps]
-            seconds[way] += per_image[2:]  # the first ones compare log-probs and warm up
-            history = trainer.state.log_history
-            waits[way] += [
-                row["time/rollout"] / trainer.args.images_per_step for row in history if "time/rollout" in row
-            ][2:]
-            print(way, repeat, per_image, flush=True)
-    found["speed"] = {"seconds": seconds, "waits": waits}
-    save()
+    found["speed"] = {}
+    for name, length in LENGTHS.items():
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        waits: dict[str, list[float]] = {way: [] for way in WAYS}
+        for repeat in range(SPEED_REPEATS):
+            for way in WAYS:
+                output = folder / f"speed-{length}-{repeat}-{way}".replace(" ", "_")
+                trainer, steps, _, _ = train(base, images, output, way, repeat, SPEED_STEPS, server, length=length)
+                per_image = [value / trainer.args.images_per_step for value in steps]
+                seconds[way] += per_image[2:]  # the first ones compare log-probs and warm up
+                history = trainer.state.log_history
+                waits[way] += [
+                    row["time/rollout"] / trainer.args.images_per_step for row in history if "time/rollout" in row
+                ][2:]
+                print(name, way, repeat, per_image, flush=True)
+        found["speed"][name] = {"seconds": seconds, "waits": waits}
+        save()
 
 
 def tables(found: dict) -> str:
@@ -226,26 +236,32 @@ def tables(found: dict) -> str:
                     "run in process."
                 )
     if "speed" in found:
-        seconds, waits = found["speed"]["seconds"], found["speed"]["waits"]
-        own = median(seconds["in process"])
-        rows = [
-            [
-                way,
-                f"{median(values):.3f}",
-                f"{median(values) / own:.2f}",
-                f"{median(waits[way]):.3f}" if waits[way] else "",
+        rows, ratios = [], []
+        for name, measured in found["speed"].items():
+            seconds = {way: median(values) for way, values in measured["seconds"].items()}
+            waits = measured["waits"]
+            rows += [
+                [
+                    name,
+                    way,
+                    f"{value:.3f}",
+                    f"{value / seconds['in process']:.2f}",
+                    f"{median(waits[way]):.3f}" if waits[way] else "",
+                ]
+                for way, value in seconds.items()
             ]
-            for way, values in seconds.items()
-        ]
+            ratios.append(
+                f"{seconds['server'] / seconds['server, asynchronous']:.2f} times as fast with answers {name}"
+            )
         header = [
+            "answers",
             "rollouts",
             "seconds per image of a solver's step, median",
             "times in process",
             "of them waiting for the server",
         ]
         parts.append(table(header, rows))
-        ratio = median(seconds["server"]) / median(seconds["server, asynchronous"])
-        parts.append(f"Asynchronous rollouts make a step by server {ratio:.2f} times as fast.")
+        parts.append(f"Asynchronous rollouts make a step by server {', and '.join(ratios)}.")
     for part, machine in found.get("machine", {}).items():
         parts.append(
             f"{part.capitalize()}: commit {machine['commit']}, {machine['cpu']}, {machine['cores']} cores, one thread each for the "

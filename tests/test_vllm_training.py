@@ -23,6 +23,7 @@ from charts import EVOLVE_SEEDS, VAL_SEEDS, chart, labelled_questions
 from datasets import Dataset
 from demo import demo_config, demo_lora, load_model
 from tiny_trainer import Watch, logged, snapshot
+from vllm_process import VLLMProcess
 
 from evolmm_trl import EvoLMMTrainer
 
@@ -99,6 +100,34 @@ def test_the_servers_log_probs_follow_the_weights(served):
     means = logged(trainer, "sampling/sampling_logp_difference/mean")
     assert len(means) == 5 and max(means) < 1e-3
     assert logged(trainer, "eval_accuracy_greedy")[0] > 0.2
+
+
+def test_a_run_in_bfloat16_by_a_server_in_bfloat16(vllm_server, tmp_path):
+    options = ("--max-lora-rank", "8", "--dtype", "bfloat16")
+    server = VLLMProcess(vllm_server.model, tmp_path / "server.log", *options).start()
+    try:
+        # As `--dtype bfloat16` on the command line
+        trainer = EvoLMMTrainer(
+            model=server.model,
+            args=demo_config(
+                tmp_path / "run",
+                max_steps=3,
+                proposer_update_every=2,
+                per_device_train_batch_size=20,
+                bf16=True,
+                model_init_kwargs={"dtype": "bfloat16"},
+                vllm_server_urls=[server.url],
+                **SERVED,
+            ),
+            train_dataset=Dataset.from_list([{"image": chart(seed).image()} for seed in EVOLVE_SEEDS[:20]]),
+            peft_config=demo_lora(),
+        )
+        trainer.train()  # which compares log-probs at the start
+        trainer.servers.close()
+    finally:
+        server.kill()
+    means = logged(trainer, "sampling/sampling_logp_difference/mean")
+    assert len(means) == 3 and 1e-4 < max(means) < 0.05
 
 
 def test_an_asynchronous_run_survives_the_deaths_of_its_server(vllm_server, served, tmp_path):

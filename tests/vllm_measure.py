@@ -111,6 +111,7 @@ def sharpness(server: VLLMProcess, other: Path, folder: Path, dtype: str) -> dic
     with VLLMServers([server.url], policy.image_token_id, folder / "adapters", request_timeout=120) as servers:
         servers.start(server.model)
         for role in ROLES:
+            policy.randomise(role, 0.0)  # as a new adapter, of no effect
             servers.swap(role, policy.save(role))
         written = servers.generate(policy.requests())
 

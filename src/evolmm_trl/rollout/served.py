@@ -308,16 +308,15 @@ class ServedRollouts:
         """
         seed = sample_seed(self.args.seed, "probe", adapter)
         found = [(0.0, 0.0)]  # size of the weights and change of the log-probs
-        with self._sampling() as model:
-            if self.accelerator.is_main_process:
-                without = [self._own_logps(model, None, prompt, ids) for _, prompt, ids in written]
-                for exponent in range(-12, 13):
-                    probe = random_adapter(state, 2.0**exponent, seed)
-                    own = [self._own_logps(model, role, prompt, ids, probe) for role, prompt, ids in written]
-                    changes = [(a - b).abs().mean().item() for a, b in zip(own, without, strict=True)]
-                    found = [(2.0**exponent, min(changes))]
-                    if min(changes) >= _PROBE_CHANGE:
-                        break
+        with self._sampling() as model:  # with forwards on all processes, since ZeRO-3 has them meet in the first ones
+            without = [self._own_logps(model, None, prompt, ids) for _, prompt, ids in written]
+            for exponent in range(-12, 13):
+                probe = random_adapter(state, 2.0**exponent, seed)
+                own = [self._own_logps(model, role, prompt, ids, probe) for role, prompt, ids in written]
+                changes = [(a - b).abs().mean().item() for a, b in zip(own, without, strict=True)]
+                found = [(2.0**exponent, min(changes))]
+                if min(changes) >= _PROBE_CHANGE:
+                    break
         broadcast_object_list(found)  # one size on all processes, whatever their rounding
         size, change = found[0]
         if not change >= _PROBE_CHANGE:
