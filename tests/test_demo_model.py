@@ -36,7 +36,7 @@ from evolmm_trl.processing import load_processor, processor_class
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
 MODELS = ("room", "narrow", "noisy")
 PROMPTS = json.loads((DEMO / "prompts.json").read_text())
-SEEDS = (charts.WARM_START_SEEDS, charts.VAL_SEEDS, charts.EVOLVE_SEEDS, charts.TEST_SEEDS)
+SEEDS = (charts.WARM_START_SEEDS, charts.VAL_SEEDS, charts.EVOLVE_SEEDS, charts.TEST_SEEDS, charts.FRESH_SEEDS)
 
 
 @pytest.fixture(scope="module")
