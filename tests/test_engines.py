@@ -83,9 +83,10 @@ def test_deepspeed_moves_nothing_in_a_step_without_a_question_within_the_band(ba
     (one,) = run(None, base, tmp_path / "one", **options)
     first, second = run("zero2", base, tmp_path / "zero2", **options)
     trained = {r["step"] for r in rollouts(tmp_path / "zero2") if r["trained_on"]["solver"]}
-    (skipped,) = {1, 2, 3, 4, 5} - trained
-    assert skipped > 1  # so that there is momentum
-    assert largest_difference([first["weights"][skipped - 1]], [first["weights"][skipped - 2]]) == 0.0
+    skipped = {2, 3, 4, 5} - trained
+    assert 1 in trained and skipped  # so that there is momentum
+    for step in skipped:
+        assert largest_difference([first["weights"][step - 1]], [first["weights"][step - 2]]) == 0.0
     assert largest_difference(first["weights"], second["weights"]) == 0.0
     assert largest_difference(first["weights"], one["weights"]) < 1e-4
     assert movement(first["weights"], "default") > 1e-3
