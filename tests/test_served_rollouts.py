@@ -582,14 +582,15 @@ class Rewinding(TrainerCallback):
 
 @pytest.mark.parametrize("by_engine", [False, True])
 def test_what_is_measured_after_a_rewind_is_what_it_went_back_to(by_engine, base, tmp_path, monkeypatch):
-    trainer = make(base, tmp_path, save_strategy="steps", save_steps=1, max_steps=3, eval_dataset=labelled(), **VLLM)
+    # The servers are up to date after each step, since it is measured
+    options = {"eval_dataset": labelled(), "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make(base, tmp_path, save_strategy="steps", save_steps=1, max_steps=3, **options, **VLLM)
     if not by_engine:
         trainer.add_callback(Rewinding())
     trainer.train()
     if by_engine:  # which loads by its own means
         first = str(tmp_path / "checkpoint-1")
         monkeypatch.setattr(GRPOTrainer, "_load_best_model", lambda self: load_role_adapters(self.model, first))
-        trainer._update_servers()
         trainer.is_fsdp_enabled = True
         trainer._load_best_model()
         trainer.is_fsdp_enabled = False
