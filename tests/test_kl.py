@@ -17,14 +17,23 @@ import json
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evolmm_trl import AdaptiveKL
+from evolmm_trl.kl import sampled_kl
 
 
 def controller(**kwargs):
     return AdaptiveKL(**{"beta": 1e-3, "target": 0.02, "rate": 0.1, **kwargs})
+
+
+def test_the_mean_of_the_sampled_estimate_is_the_kl():
+    policy, reference = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
+    estimate = sampled_kl(policy.log(), reference.log())
+    assert (estimate >= 0).all()
+    assert (policy * estimate).sum() == pytest.approx((policy * (policy / reference).log()).sum())
 
 
 def test_beta_follows_the_papers_equation():

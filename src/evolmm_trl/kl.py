@@ -16,6 +16,25 @@
 
 import math
 
+import torch
+
+
+def sampled_kl(logps: torch.Tensor, reference_logps: torch.Tensor) -> torch.Tensor:
+    r"""
+    The KL of the policy to the reference as TRL estimates it from the sampled tokens alone,
+
+    $$k = e^{\Delta} - \Delta - 1, \quad \Delta = \ln \pi_{ref} - \ln \pi.$$
+
+    Args:
+        logps (`torch.Tensor`), reference_logps (`torch.Tensor`):
+            Log-probs of the same tokens, of one shape.
+
+    Returns:
+        `torch.Tensor`: of that shape, in nats, 0 or more.
+    """
+    difference = reference_logps - logps
+    return torch.exp(difference) - difference - 1
+
 
 class AdaptiveKL:
     r"""

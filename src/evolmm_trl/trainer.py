@@ -48,7 +48,7 @@ from .engines import engine_optimizer, whole_weights
 from .evaluation.loop import LabelledEvaluation
 from .health.guard import CollapseGuard
 from .health.questions import cluster_shares
-from .kl import AdaptiveKL
+from .kl import AdaptiveKL, sampled_kl
 from .memory import Prompt, Sharding, describe
 from .monitor import Rollout
 from .processing import load_processor, special_tokens
@@ -87,6 +87,7 @@ from .rollout.samples import (
     Sample,
     collate_completions,
     collate_samples,
+    encode_about,
     encode_prompts,
     split_evenly,
 )
@@ -554,8 +555,49 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
 
     def _roll_out(self, rows: list[dict]) -> list[Sample]:
         """Images to the solver's samples; the questions wait for the proposer's step."""
-        args = self.args
-        question_logps = answer_logps = None
+        drawn = self._draw(rows)
+        questions = [image.question for image in drawn]
+        answers = [[read_answer(text) for text in image.completions] for image in drawn]
+        votes = [vote([canonical_answer(answer.text) for answer in group]) for group in answers]
+
+        solver, proposer = self._rewards(questions, answers, votes)
+        proposer = self._penalised(proposer, questions, votes, [image.blind_answers for image in drawn])
+        solver = self._add_reward_funcs(solver, rows, drawn)
+        trained = [_within(v.agreement, self.args.agreement_band) for v in votes]
+        solver_advantages = self._advantages(SOLVER, solver, trained)
+        (proposer_advantages,) = self._advantages(PROPOSER, [proposer], [True])
+
+        step = self.state.global_step
+        rollouts = [
+            Rollout(
+                image_id=str(rows[i]["image_id"]),
+                question_completion=image.question_text,
+                question=image.question,
+                completions=image.completions,
+                answers=answers[i],
+                tokens=[len(ids) for ids in image.answer_ids],
+                vote=votes[i],
+                blind_answers=image.blind_answers,
+                solver_rewards=solver[i],
+                solver_advantages=solver_advantages[i],
+                proposer_reward=proposer[i],
+                proposer_advantage=proposer_advantages[i],
+                solver_step=step + 1 if trained[i] else None,
+                proposer_step=self._proposer_step(step),
+                image_digest=image_digest(rows[i]["image"]),
+            )
+            for i, image in enumerate(drawn)
+        ]
+        self._record(rollouts, rows)
+        if self.args.train_proposer:
+            self._pending_questions += self._question_samples(drawn, proposer_advantages)
+        samples = self._answer_samples(drawn, solver_advantages)
+        self._spare_sample = samples[0][0]
+        return [sample for group, chosen in zip(samples, trained, strict=True) if chosen for sample in group]
+
+    def _draw(self, rows: list[dict]) -> "list[_Drawn]":
+        """A question about each image and the answers to it, by the servers or by the model that is trained."""
+        question_logps = answer_logps = [None] * len(rows)
         if self.servers is None:
             with self._sampling() as model:
                 with self._timed("propose"):
@@ -577,65 +619,47 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
             answer_ids = [[answer.ids for answer in image.answers] for image in written]
             answer_logps = [[answer.logps for answer in image.answers] for image in written]
             completions = [self._decode(group) for group in answer_ids]
-        answers = [[read_answer(text) for text in group] for group in completions]
-        votes = [vote([canonical_answer(answer.text) for answer in group]) for group in answers]
-        solver, proposer = self._rewards(questions, answers, votes)
-        proposer = self._penalised(proposer, questions, votes, blind)
-        solver = self._add_reward_funcs(solver, rows, questions, completions, answer_ids)
-        trained = [_within(v.agreement, args.agreement_band) for v in votes]
-        solver_advantages = self._advantages(SOLVER, solver, trained)
-        (proposer_advantages,) = self._advantages(PROPOSER, [proposer], [True])
-        step = self.state.global_step
-        rollouts = [
-            Rollout(
-                image_id=str(rows[i]["image_id"]),
-                question_completion=question_texts[i],
-                question=questions[i],
-                completions=completions[i],
-                answers=answers[i],
-                tokens=[len(ids) for ids in answer_ids[i]],
-                vote=votes[i],
-                blind_answers=blind[i],
-                solver_rewards=solver[i],
-                solver_advantages=solver_advantages[i],
-                proposer_reward=proposer[i],
-                proposer_advantage=proposer_advantages[i],
-                solver_step=step + 1 if trained[i] else None,
-                proposer_step=self._proposer_step(step),
-                image_digest=image_digest(rows[i]["image"]),
+        asked = (question_prompts, question_ids, question_logps, question_texts, questions)
+        answered = (answer_prompts, answer_ids, answer_logps, completions, blind)
+        return [_Drawn(*image) for image in zip(*asked, *answered, strict=True)]
+
+    def _question_samples(self, drawn: "list[_Drawn]", advantages: list[float]) -> list[Sample]:
+        """The proposer's samples, a question per image."""
+        return [
+            Sample(
+                image.question_prompt.without_pixels() if self._sharing_verified else image.question_prompt,
+                torch.tensor(image.question_ids),
+                advantage,
+                None if image.question_logps is None else torch.tensor(image.question_logps),
             )
-            for i in range(len(rows))
+            for image, advantage in zip(drawn, advantages, strict=True)
         ]
-        self._record(rollouts, rows)
-        if args.train_proposer:
-            self._pending_questions += [
-                Sample(
-                    question_prompts[i].without_pixels() if self._sharing_verified else question_prompts[i],
-                    torch.tensor(question_ids[i]),
-                    proposer_advantages[i],
-                    None if question_logps is None else torch.tensor(question_logps[i]),
-                )
-                for i in range(len(rows))
-            ]
-        samples = [
+
+    def _answer_samples(self, drawn: "list[_Drawn]", advantages: list[list[float]]) -> list[list[Sample]]:
+        """The solver's samples, N per image; answers that vote alone are left out."""
+        return [
             [
                 Sample(
-                    answer_prompts[i],
-                    torch.tensor(answer_ids[i][n]),
-                    solver_advantages[i][n],
-                    None if answer_logps is None else torch.tensor(answer_logps[i][n]),
+                    image.answer_prompt,
+                    torch.tensor(image.answer_ids[n]),
+                    advantage,
+                    None if image.answer_logps is None else torch.tensor(image.answer_logps[n]),
                 )
-                for n in range(args.num_generations)
+                for n, advantage in enumerate(group)
             ]
-            for i in range(len(rows))
+            for image, group in zip(drawn, advantages, strict=True)
         ]
-        self._spare_sample = samples[0][0]
-        return [sample for group, chosen in zip(samples, trained, strict=True) if chosen for sample in group]
 
     def _question_prompts(self, model, rows: list[dict]) -> list[EncodedPrompt]:
         """The proposer's prompts, with what a frozen vision tower makes of their images."""
         prompts = [row["prompt"] for row in rows]
         return with_features(model, prompts) if self._share_features else prompts
+
+    def _answer_prompts(self, rows, question_prompts, questions, processor: ProcessorMixin) -> list[EncodedPrompt]:
+        """The solver's prompts for questions about images that are encoded already."""
+        conversations = [self.prompts.solver_messages(question.text) for question in questions]
+        images = [row["image"] for row in rows]
+        return encode_about(processor, conversations, question_prompts, images, **self.chat_template_kwargs)
 
     def _propose(
         self, model, rows: list[dict], prompts: list[EncodedPrompt]
@@ -677,7 +701,7 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
         seeds = self._seeds("blind", rows, self.args.num_generations)[:count]
         with self._timed("solve_blind"):
             ids = self._generate_role(model, SOLVER, prompts, seeds)
-        blind[:count] = [[canonical_answer(read_answer(text).text) for text in self._decode(group)] for group in ids]
+        blind[:count] = [self._canonical(group) for group in ids]
         return blind
 
     def _vote_in_turn(self, model, prompts: list[EncodedPrompt], seeds: list[list[int]]) -> list[list[list[int]]]:
@@ -686,7 +710,7 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
         ids = self._generate_role(model, SOLVER, prompts, [group[:n] for group in seeds])
         active = list(range(len(prompts)))
         for drawn in range(n, self.args.num_votes):
-            votes = [vote([canonical_answer(read_answer(text).text) for text in self._decode(ids[i])]) for i in active]
+            votes = [vote(self._canonical(ids[i])) for i in active]
             remaining = self.args.num_votes - drawn
             active = [i for i, cast in zip(active, votes, strict=True) if not is_settled(cast, remaining)]
             if self.vote_gate is not None and active:
@@ -760,17 +784,19 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
             for reward, share, cast, answers in zip(rewards, repeated, votes, blind, strict=True)
         ]
 
-    def _add_reward_funcs(self, solver, rows, questions, completions, answer_ids) -> list[list[float]]:
+    def _add_reward_funcs(
+        self, solver: list[list[float]], rows: list[dict], drawn: "list[_Drawn]"
+    ) -> list[list[float]]:
         """Adds the user's `reward_funcs`, called as GRPOTrainer calls them, to the agreement rewards."""
         if not self.reward_funcs:
             return solver
         n = self.args.num_generations
         inputs = [
-            {**row, "question": question.text} for row, question in zip(rows, questions, strict=True) for _ in range(n)
+            {**row, "question": image.question.text} for row, image in zip(rows, drawn, strict=True) for _ in range(n)
         ]
         prompts = [self.prompts.solver_messages(row["question"]) for row in inputs]
-        texts = [[{"role": "assistant", "content": text}] for group in completions for text in group[:n]]
-        ids = [completion for group in answer_ids for completion in group[:n]]
+        texts = [[{"role": "assistant", "content": text}] for image in drawn for text in image.completions[:n]]
+        ids = [completion for image in drawn for completion in image.answer_ids[:n]]
         per_func = self._calculate_rewards(inputs, prompts, texts, ids)  # (rows of all processes, functions)
         for name, column in zip(self.reward_func_names, per_func.T, strict=True):
             self._log_train(f"rewards/{name}/mean", column.nanmean().item())
@@ -862,11 +888,10 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
         return batch
 
     def _unpenalised_kl(self, batch: dict, reference: torch.Tensor) -> float:
-        """The KL to the frozen base of the forward just made, as TRL estimates it, where no penalty needs it."""
-        ratio = reference - self._last_logps
+        """The KL to the frozen base of the forward just made, where no penalty needs it."""
         mask = batch["completion_mask"]
-        kl = (((torch.exp(ratio) - ratio - 1) * mask).sum(), mask.sum())
-        total, tokens = self.accelerator.gather(torch.stack(kl)[None]).sum(0).tolist()
+        kl = torch.stack([(sampled_kl(self._last_logps, reference) * mask).sum(), mask.sum()])
+        total, tokens = self.accelerator.gather(kl[None]).sum(0).tolist()
         return total / max(tokens, 1.0)
 
     def _collate(self, samples: list[Sample], counts: list[bool], shared: bool) -> dict:
@@ -1067,6 +1092,10 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
     def _decode(self, ids: list[list[int]]) -> list[str]:
         return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
 
+    def _canonical(self, ids: list[list[int]]) -> list[str | None]:
+        """The canonical answers in completions."""
+        return [canonical_answer(read_answer(text).text) for text in self._decode(ids)]
+
     def _seeds(self, role: str, rows: list[dict], samples: int, step: int | None = None) -> list[list[int]]:
         """One seed per image and sample of a step, the same however the images are spread over processes."""
         first = self.accelerator.process_index * len(rows)  # the rows' place in the rollout of all processes
@@ -1142,6 +1171,38 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
         if self.accelerator.device.type != "cpu":
             torch.accelerator.synchronize()
         self._step_seconds[name] += time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """
+    What was drawn for an image.
+
+    Args:
+        question_prompt, answer_prompt ([`EncodedPrompt`]):
+            What the two roles were shown.
+        question_ids (`list[int]`), answer_ids (`list[list[int]]`):
+            Token ids of the question's completion and of each answer's.
+        question_logps (`list[float]` or `None`), answer_logps (`list[list[float]]` or `None`):
+            Log-probs under which a server drew them.
+        question_text (`str`), question ([`Question`]):
+            The proposer's completion, and the question in it.
+        completions (`list[str]`):
+            The solver's completions.
+        blind_answers (`list[str or None]` or `None`):
+            Canonical answers without the image, where they were asked for.
+    """
+
+    question_prompt: EncodedPrompt
+    question_ids: list[int]
+    question_logps: list[float] | None
+    question_text: str
+    question: Question
+    answer_prompt: EncodedPrompt
+    answer_ids: list[list[int]]
+    answer_logps: list[list[float]] | None
+    completions: list[str]
+    blind_answers: list[str | None] | None
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch.func import functional_call
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..role_adapters import ADAPTER_OF, role_adapter_state, save_role_adapter
 from ..schedule import PROPOSER, ROLES, SOLVER
@@ -45,7 +45,7 @@ from ..shared_prefix import FAMILIES, base_model
 from ..thumbnails import image_digest
 from .generation import sample_seed, why_not_generated_shared
 from .importance import SamplingDifference, importance_ratio, log_ratio
-from .samples import EncodedPrompt, collate_prompts, continued, encode_about, encode_prompts
+from .samples import EncodedPrompt, collate_prompts, continued, encode_prompts
 from .vllm_server import VLLMCompletion, VLLMError, VLLMRequest, VLLMServers, image_url, seen_image
 
 
@@ -377,12 +377,6 @@ class ServedRollouts:
         with self._encoding:
             (prompt,) = self._answer_prompts([row], [row["prompt"]], questions, self._writers_processor)
         return Written(question, self.servers.submit(self._request(SOLVER, prompt, image, answer_seeds)).result())
-
-    def _answer_prompts(self, rows, question_prompts, questions, processor: ProcessorMixin) -> list[EncodedPrompt]:
-        """The solver's prompts for questions about images that are encoded already."""
-        conversations = [self.prompts.solver_messages(question.text) for question in questions]
-        images = [row["image"] for row in rows]
-        return encode_about(processor, conversations, question_prompts, images, **self.chat_template_kwargs)
 
     def _served_rollout(self, rows: list[dict]) -> list[Written]:
         """What the servers wrote about the images of this step; with `async_rollouts`, the step before has asked for it."""
