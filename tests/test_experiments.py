@@ -99,3 +99,46 @@ def runs(accuracy: float, tokens: float, seed: int) -> list[dict]:
 def test_a_gate_holds_where_it_spares_30_percent_and_is_not_measurably_below(accuracy, tokens, holds):
     bases = [{"depth_5": run["correct"], "tokens_5": 100.0} for run in runs(0.5, 100, seed=0)]
     assert sr2se_experiments._gate_row(bases, runs(accuracy, tokens, seed=1)).holds is holds
+
+
+@pytest.mark.parametrize("arm", ["continuous", "no_pixels"])
+def test_the_control_without_pixels_shows_its_update_no_image(arm, tmp_path):
+    _, trainer_class, changes = experiments.ARMS[arm]
+    seen = []
+
+    class Watched(trainer_class):
+        def _draw(self, rows):
+            drawn = super()._draw(rows)
+            assert all("pixel_values" in image.answer_prompt.image_inputs for image in drawn)  # rollouts see it
+            return drawn
+
+        def _completion_logps(self, model, batch):  # the reference's forward
+            seen.append(_has_image(batch["model_inputs"]))
+            return super()._completion_logps(model, batch)
+
+        def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+            seen.append(_has_image(self._model_inputs))
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    model, processor = experiments.load_model(experiments.HERE / "models" / "room")
+    images = experiments.make_images(tmp_path / "images", experiments.EVOLVE_SEEDS[:8])
+    settings = {
+        **changes,
+        "max_steps": 1,
+        "per_device_train_batch_size": 10,
+        "write_report": False,
+        "report_images": 0,
+    }
+    Watched(
+        model=model,
+        args=experiments.demo_config(tmp_path / "run", **settings),
+        train_dataset=experiments.load_images(images, streaming=False),
+        processing_class=processor,
+        peft_config=experiments.demo_lora(),
+    ).train()
+    assert len(seen) >= 2 and set(seen) == {arm != "no_pixels"}
+
+
+def _has_image(inputs) -> bool:
+    images = inputs if isinstance(inputs, dict) else inputs.images
+    return any(images.get(name) is not None for name in ("pixel_values", "image_grid_thw", "mm_encoder_outputs"))

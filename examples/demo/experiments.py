@@ -70,13 +70,12 @@ class RandomReward(EvoLMMTrainer):
 class NoPixels(EvoLMMTrainer):
     """Control: rollouts see the image, the policy gradient and its reference do not."""
 
-    def _completion_logps(self, model, batch):
-        return super()._completion_logps(model, _without_image(batch))
+    def _collate(self, samples, counts, shared):
+        batch = super()._collate(samples, counts, shared=False)
+        batch["model_inputs"] = _without_image(batch["model_inputs"])
+        return batch
 
-    def _compute_loss(self, model, inputs):
-        return super()._compute_loss(model, _without_image(inputs))
-
-    def _check_image_reaches_loss(self, batch):
+    def _check_first_batch(self, samples, counts):
         pass
 
 
@@ -95,8 +94,8 @@ class FineTuning(EvoLMMTrainer):
         return [sample for sample in super()._roll_out(rows) if sample.advantage]
 
 
-def _without_image(batch: dict) -> dict:
-    return {name: value for name, value in batch.items() if name not in ("pixel_values", "image_grid_thw")}
+def _without_image(inputs: dict) -> dict:
+    return {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_grid_thw")}
 
 
 # name: what it is, trainer, changes to the demo's settings
