@@ -36,7 +36,15 @@ from evolmm_trl.processing import load_processor, processor_class
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
 MODELS = ("room", "narrow", "noisy")
 PROMPTS = json.loads((DEMO / "prompts.json").read_text())
-SEEDS = (charts.WARM_START_SEEDS, charts.VAL_SEEDS, charts.EVOLVE_SEEDS, charts.TEST_SEEDS, charts.FRESH_SEEDS)
+SEEDS = (
+    charts.WARM_START_SEEDS,
+    charts.VAL_SEEDS,
+    charts.EVOLVE_SEEDS,
+    charts.GATE_SEEDS,
+    charts.TEST_SEEDS,
+    charts.FRESH_SEEDS,
+    charts.UNSEEN_SEEDS,
+)
 
 
 @pytest.fixture(scope="module")

@@ -35,8 +35,10 @@ from PIL import Image
 WARM_START_SEEDS = range(0, 4_000)  # supervised warm start of the demo models, with labels
 VAL_SEEDS = range(10_000, 11_000)  # choosing settings
 EVOLVE_SEEDS = range(20_000, 24_000)  # self-evolution, without labels
+GATE_SEEDS = range(30_000, 40_000)  # gates for early exit, with labels
 TEST_SEEDS = range(50_000, 52_000)  # reported numbers
 FRESH_SEEDS = range(60_000, 60_400)  # confirming what was chosen when the reported numbers were known
+UNSEEN_SEEDS = range(61_000, 61_400)  # confirming what was chosen when the fresh ones were known, too
 
 SIZE = 84
 MAX_VALUE = 9
