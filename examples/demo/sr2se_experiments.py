@@ -278,6 +278,10 @@ PRICED = {
         "gate on the worth of stopping, tau learned, a step priced at 0.01",
         {"target": "stop", "length_penalty": 0.01},
     ),
+    "brief": (
+        "gate on the worth of stopping, tau learned, a step priced at 0.01, 5 epochs",
+        {"target": "stop", "length_penalty": 0.01, "epochs": 5},
+    ),
 }
 VALIDATED = "cheaper"  # most accurate on the validation charts from many questions; measured once on unseen ones
 
@@ -342,7 +346,7 @@ def _train_gates(rollout_folder: Path, seed: int) -> dict[str, tuple]:
 
 
 def _fit_gates(rollouts: GateRollouts, seed: int, gates: dict[str, tuple]) -> dict[str, tuple]:
-    configs = {name: GateTrainingConfig(seed=seed, **GATE, **changes) for name, (_, changes) in gates.items()}
+    configs = {name: GateTrainingConfig(seed=seed, **{**GATE, **changes}) for name, (_, changes) in gates.items()}
     return {name: (train_gate(rollouts, config)[0], config) for name, config in configs.items()}
 
 
