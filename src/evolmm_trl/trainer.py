@@ -835,9 +835,8 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
         self._step_rows = sum(len(tokens) for tokens, _ in everywhere)
         self._step_tokens = sum(sum(tokens) for tokens, _ in everywhere)
         self._step_advantages = sum(advantages for _, advantages in everywhere)
-        self._step_metrics: defaultdict[str, float] = defaultdict(
-            float
-        )  # TRL's, each part's by its share of the tokens
+        # TRL's metrics, each part's by its share of the step's tokens
+        self._step_metrics: defaultdict[str, float] = defaultdict(float)
         if samples:
             self._spare_sample = samples[0]
 
