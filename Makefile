@@ -128,7 +128,7 @@ test-vllm: venv
 measure-vllm: venv vllm-cpu
 	OMP_NUM_THREADS=1 $(PY) tests/vllm_measure.py --output docs/benchmarks/vllm_server.json --document docs/vllm.md
 
-# Training by server, as docs/vllm.md has it: about 30 minutes.
+# Training by server, as docs/vllm.md has it: about 20 minutes.
 bench-vllm: venv vllm-cpu
 	rm -f docs/benchmarks/vllm.json
 	OMP_NUM_THREADS=1 $(PY) benchmarks/bench_vllm.py --output docs/benchmarks/vllm.json --document docs/vllm.md

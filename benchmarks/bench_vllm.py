@@ -57,10 +57,10 @@ WAYS = {
     "server": {"rollout": "vllm"},
     "server, asynchronous": {"rollout": "vllm", "async_rollouts": True},
 }
-SPEED_STEPS, SPEED_REPEATS = 10, 2
+SPEED_STEPS, SPEED_REPEATS = 8, 2
 # How long answers are: those of the demo are short, and of long ones generation has the larger part
 LONG = 128
-LENGTHS = {"as the model ends them": None, f"{LONG} tokens": LONG}
+LENGTHS = {"as the model ends them": None, f"of {LONG} tokens": LONG}
 _DIFFERENCE = "sampling/sampling_logp_difference/mean"
 
 
