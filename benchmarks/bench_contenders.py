@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bench_meter import Meter, Reading
+from bench_meter import OTHER, Meter, Reading
 from bench_models import SIZES, SPECIAL_TOKENS, make_images, make_lora, make_model, make_processor
 from peft import get_peft_model
 from transformers import DefaultFlowCallback, TrainerCallback
@@ -338,8 +338,8 @@ class _MeteredTrainer(EvoLMMTrainer):
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        proposer_step = self.schedule.role(self.state.global_step) == PROPOSER
-        with super()._timed(name), self.meter.stage(f"proposer_{name}" if proposer_step else name):
+        stage = f"proposer_{name}" if self.schedule.role(self.state.global_step) == PROPOSER else name
+        with super()._timed(name), self.meter.stage(OTHER if name == "health" else stage):
             if name == UPDATE:
                 self.meter.watch_memory()
             yield
