@@ -390,7 +390,6 @@ def test_a_target_of_the_kl_that_the_guard_forbids_is_warned_of(base, tmp_path, 
     (message,) = said(proposer_kl_target=0.3)
     assert "and proposer_kl_target=0.3" in message
     assert not said(kl_target=0.09)
-    assert not said(kl_target=0.5, adaptive_kl=False)
     assert not said(kl_target=0.5, beta=0.0)
 
 
