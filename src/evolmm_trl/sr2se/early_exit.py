@@ -172,7 +172,7 @@ class GateRollouts:
         visual (`torch.Tensor`):
             Shape `(n,)`, bool: whether the answer from the description alone is right.
         image (`torch.Tensor`):
-            Shape `(n,)`, int64: a number that the questions about one image share, see [`image_numbers`]. They are held
+            Shape `(n,)`, int64: a number that the questions about one image share, see `image_numbers`. They are held
             out together.
     """
 
