@@ -228,11 +228,12 @@ def tables(found: dict) -> str:
         for run in runs:
             if run["kills"] and run["seed"] in orders:
                 complete = run["images"] == orders[run["seed"]]
+                counted = ", with as many answers," if len(run["images"][0]) > 2 else ""  # step, image and answers
                 parts.append(
                     f"In the run with {run['kills']} kills the server was killed while it answered and started again; the "
                     f"client counted {run['faults'].get('deaths', 0)} deaths and sent {run['faults'].get('repeated', 0)} "
                     f"requests again. The rollout log holds {len(run['images'])} rollouts, "
-                    f"{'the same images at the same steps, with as many answers, as' if complete else 'NOT those of'} the "
+                    f"{f'the same images at the same steps{counted} as' if complete else 'NOT those of'} the "
                     "run in process."
                 )
     if "speed" in found:
