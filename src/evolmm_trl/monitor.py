@@ -211,7 +211,7 @@ class RolloutLog:
 
     def write(self, records: Sequence[dict]) -> None:
         # First of all, since a record that JSON cannot hold raises here
-        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode("ascii")
         if not self._started:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
@@ -221,8 +221,8 @@ class RolloutLog:
                 self.path.rename(old)
             self._started = True
         with open(self.path, "ab") as file:
-            file.write(lines.encode("ascii"))
-        self._content.update(lines.encode("ascii"))
+            file.write(lines)
+        self._content.update(lines)
 
 
 def hash_start(path: str | Path, length: int):

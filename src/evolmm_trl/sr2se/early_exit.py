@@ -17,7 +17,6 @@
 rollouts (all K steps, an answer after each) ──► train_gate: BCE on the gate, REINFORCE on tau ──► EarlyExitReasoner
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..answers import canonical_answer
+from ..thumbnails import image_digest
 from .stopping import expected_calibration_error, hsr_rewards, stop_labels
 from .sub_policies import SubPolicies, SubPolicyPrompts, answer_of
 
@@ -218,10 +218,8 @@ def image_numbers(images: Sequence[Image.Image]) -> torch.Tensor:
     Returns:
         `torch.Tensor`: shape `(n,)`, int64.
     """
-    digests = [
-        hashlib.blake2b(repr((image.mode, image.size)).encode() + image.tobytes(), digest_size=8) for image in images
-    ]
-    return torch.tensor([int.from_bytes(digest.digest(), "big", signed=True) for digest in digests], dtype=torch.int64)
+    digests = [bytes.fromhex(image_digest(image))[:8] for image in images]
+    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], dtype=torch.int64)
 
 
 @dataclass
