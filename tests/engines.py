@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Launches `engine_run.py` under the engines that users launch with, and compares what comes out."""
+"""Launches `engine_run.py`, or another script, under the engines that users launch with, and compares what comes out."""
 
 import json
 import os
@@ -73,14 +73,16 @@ def environment() -> dict[str, str]:
     }
 
 
-def command(engine: str | None, base: str, folder: Path, *arguments: str, **options) -> list[str]:
+def command(
+    engine: str | None, base: str, folder: Path, *arguments: str, script: Path = SCRIPT, **options
+) -> list[str]:
     """The command line of a run; `None` stands for one process without a launcher."""
     launcher = () if engine is None else ENGINES[engine].launcher
     start = [sys.executable, "-m", *launcher] if launcher else [sys.executable]
-    return [*start, str(SCRIPT), base, str(folder), "--options", json.dumps(options), *arguments]
+    return [*start, str(script), base, str(folder), "--options", json.dumps(options), *arguments]
 
 
-def run(engine: str | None, base: str, folder: Path, *arguments: str, **options) -> list[dict]:
+def run(engine: str | None, base: str, folder: Path, *arguments: str, script: Path = SCRIPT, **options) -> list[dict]:
     """
     Runs to the end.
 
@@ -91,7 +93,7 @@ def run(engine: str | None, base: str, folder: Path, *arguments: str, **options)
         # As many images per step as two processes have, one after the other
         options["gradient_accumulation_steps"] = 2 * options.get("gradient_accumulation_steps", 2)
     done = subprocess.run(
-        command(engine, base, folder, *arguments, **options),
+        command(engine, base, folder, *arguments, script=script, **options),
         env=environment(),
         timeout=1200,
         capture_output=True,
