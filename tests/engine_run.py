@@ -86,6 +86,7 @@ def main():
     parser.add_argument("--options", type=json.loads, default={})
     parser.add_argument("--no_lora", action="store_true")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--save", action="store_true")
     parser.add_argument("--die", action="store_true")
     parser.add_argument("--served", action="store_true")
     parser.add_argument("--vote_gate")
@@ -111,6 +112,8 @@ def main():
     )
     watch.trainer = trainer
     trainer.train(resume_from_checkpoint=args.resume or None)
+    if args.save:
+        trainer.save_model(str(Path(args.folder) / "model"))
     accelerator = trainer.accelerator
     plugin = accelerator.state.deepspeed_plugin
     optimizer = trainer.optimizer

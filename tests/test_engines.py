@@ -21,8 +21,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from engines import ENGINES, command, environment, idle_movement, largest_difference, movement, run
+from safetensors.torch import load_file
 from tiny_models import tiny_qwen2_5_vl
+from transformers import AutoModelForImageTextToText
 
 
 pytest.importorskip("deepspeed", reason="the tests of the engines need deepspeed: pip install evolmm-trl[deepspeed]")
@@ -90,6 +93,17 @@ def test_deepspeed_moves_nothing_in_a_step_without_a_question_within_the_band(ba
     assert largest_difference(first["weights"], second["weights"]) == 0.0
     assert largest_difference(first["weights"], one["weights"]) < 1e-4
     assert movement(first["weights"], "default") > 1e-3
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_all_weights_of_a_sharded_model_are_saved_with_the_names_of_the_base(engine, base, tmp_path):
+    first, _ = run(engine, base, tmp_path, "--no_lora", "--save", max_steps=2, learning_rate=1e-3)
+    names = [set(load_file(Path(folder) / "model.safetensors")) for folder in (base, tmp_path / "model")]
+    assert names[1] - {"lm_head.weight"} == names[0]  # it is the embeddings', which one of the two engines saves twice
+    saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32).state_dict()
+    for name, weight in first["final"].items():
+        torch.testing.assert_close(saved[name], weight, rtol=0, atol=0)
+    assert movement(first["weights"], "layers") > 0
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])

@@ -15,6 +15,7 @@
 """SR-DPO on several processes, launched as users launch it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +72,8 @@ def train(base, pairs, adapter, tmp_path_factory):
         folder = tmp_path_factory.mktemp("run")
         results = run(engine, base, folder, *arguments, script=SCRIPT, gradient_accumulation_steps=1)
         if trained == "--weights":
+            names = [set(load_file(Path(place) / "model.safetensors")) for place in (base, folder / "model")]
+            assert names[1] - {"lm_head.weight"} == names[0]  # it is the embeddings', which some engines save twice
             saved = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32).state_dict()
         else:
             saved = load_file(folder / "model" / "adapter_model.safetensors")

@@ -21,9 +21,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils.constants import OPTIMIZER_NAME
+from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 def engine_optimizer(
@@ -58,6 +60,21 @@ def engine_optimizer(
             super().__init__(params, adamw_mode=True, **kwargs)
 
     return CPUAdamW
+
+
+def keep_saved_names(model: torch.nn.Module) -> None:
+    """
+    Has a model that was loaded under ZeRO-3 saved with the names of its family's checkpoints. There transformers takes every
+    renaming that it knows of for one that was needed to load, and undoes them all in what it saves: Qwen2.5-VL's
+    `model.layers` become `model.model.layers`, which other libraries do not find.
+
+    Args:
+        model (`torch.nn.Module`):
+            The trainer's model, before it is wrapped.
+    """
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    if is_deepspeed_zero3_enabled() and hasattr(model, "_weight_conversions"):
+        del model._weight_conversions  # the family's own are undone
 
 
 def load_fsdp2_optimizer(

@@ -44,7 +44,7 @@ from .answers import canonical_answer
 from .checkpoints import RoleCheckpoints
 from .config import DEFAULT_STREAM_ROLLOUTS, EvoLMMConfig
 from .data import EndlessImages, ReadableImageStream, readable_images
-from .engines import engine_optimizer, whole_weights
+from .engines import engine_optimizer, keep_saved_names, whole_weights
 from .evaluation.loop import LabelledEvaluation
 from .health.guard import CollapseGuard
 from .health.questions import cluster_shares
@@ -312,6 +312,7 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
         separate = self.args.adapters == "separate"
         check_quantized_modules(model)
         keep_gradients_on_cpu(model)
+        keep_saved_names(model)
         if isinstance(model, PeftModel):
             if "ref" in model.peft_config:
                 # TRL's copy of a pretrained adapter; the reference here is the base

@@ -36,9 +36,11 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers.integrations import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
 
 from ..data import ImagePaths, allow_links_in
+from ..engines import keep_saved_names
 from ..processing import load_processor, special_tokens
 from ..prompts import RolePrompts, user_message, without_marks
 from ..role_adapters import (
@@ -568,6 +570,7 @@ class _Run:
         if isinstance(trainer.model, PeftModel):
             check_adapted_modules(trainer.model, vision, freeze_vision_tower=True)
             keep_adapters_precise(trainer.model)
+        keep_saved_names(trainer.model)
         self._train(trainer, "sft", number)
         return {"rows": len(dataset), "skipped": skipped, **_last_log(trainer)}
 
@@ -642,6 +645,9 @@ class _Run:
         return self.config.model_kwargs(trained and self.config.lora is None)
 
     def _policies(self, model: str) -> SubPolicies:
+        # A training stage before has told transformers to share out weights by ZeRO-3, until the next one's arguments do.
+        # Here every process has the whole model, and generates for as long as its own rows need
+        unset_hf_deepspeed_config()
         loaded, processor = _load(self.config.model, model, **self._model_kwargs(model))
         return SubPolicies(
             loaded.to(self.state.device), processor, self.config.sub_policy_prompts(), **self.config.generation

@@ -30,6 +30,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
 
 from ..data import ImagePaths, UnreadableImageError, decode_image
+from ..engines import keep_saved_names
 from ..processing import load_processor, special_tokens
 from ..prompts import RolePrompts, without_marks
 from ..role_adapters import (
@@ -331,6 +332,7 @@ class SRDPOTrainer(DPOTrainer):
         elif args.freeze_vision_tower:
             for name in vision:
                 self.model.get_submodule(name).requires_grad_(False)
+        keep_saved_names(self.model)
         warn_of_half_precision(self)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.accelerator.print(
