@@ -16,6 +16,7 @@
 """A stand-in for `VLLMServers` that samples in this process, from the adapters' files and the request's image."""
 
 import base64
+import functools
 import io
 import os
 import shutil
@@ -65,6 +66,8 @@ class ServersStandIn:
             mock.patch.dict(os.environ, ACCELERATE_USE_FSDP="false"),
         ):
             self.model = AutoModelForImageTextToText.from_pretrained(self.base, dtype=torch.float32).eval()
+        # Under ZeRO-3 transformers has processes wait for each other's longest answer
+        self.model.generate = functools.partial(self.model.generate, synced_gpus=False)
         self.processor = load_processor(self.base)
         self._lock = threading.Lock()
         self._in_flight = Counter()

@@ -27,7 +27,7 @@ from unittest import mock
 import pytest
 import torch
 from datasets import Dataset
-from engines import run
+from engines import largest_difference, movement, run
 from peft import LoraConfig
 from PIL import Image
 from safetensors import SafetensorError
@@ -617,6 +617,17 @@ def test_a_sharded_adapter_reaches_the_servers_whole(engine, base, tmp_path):
             assert len(names) == len(tensors) > 0
             for name in names:
                 assert torch.equal(tensors[name.replace(f".{ADAPTERS[role]}.", ".")], result["final"][name])
+
+
+def test_asynchronous_rollouts_of_sharded_processes_train_as_those_of_one_do(base, tmp_path):
+    pytest.importorskip("deepspeed", reason="needs deepspeed: pip install evolmm-trl[deepspeed]")
+    options = {"async_rollouts": True, "max_steps": 6, "proposer_update_every": 2}
+    (one,) = run(None, base, tmp_path / "one", "--served", **options)
+    first, second = run("zero3", base, tmp_path / "zero3", "--served", **options)
+    assert first["sharded"] > 0
+    assert largest_difference(first["weights"], one["weights"]) < 1e-5
+    assert largest_difference(first["weights"], second["weights"]) == 0.0
+    assert min(movement(one["weights"], role) for role in ("default", "proposer")) > 1e-3
 
 
 def test_adapters_of_a_quantized_base_are_served(base, tmp_path, stand_in, monkeypatch):
