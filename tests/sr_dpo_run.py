@@ -34,6 +34,7 @@ def main():
     parser.add_argument("folder")
     parser.add_argument("--options", type=json.loads, default={})
     parser.add_argument("--pairs")
+    parser.add_argument("--resume", action="store_true")
     trained = parser.add_mutually_exclusive_group(required=True)
     trained.add_argument("--lora", action="store_true")
     trained.add_argument("--weights", action="store_true")
@@ -74,7 +75,7 @@ def main():
     )
     watch.trainer = trainer
     before = whole(trainer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume or None)
     trainer.save_model(str(Path(args.folder) / "model"))
     plugin = trainer.accelerator.state.deepspeed_plugin
     result = {

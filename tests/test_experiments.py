@@ -19,7 +19,8 @@ import shutil
 import experiments
 import numpy as np
 import pytest
-import sr2se_experiments
+import sr2se_jobs
+import sr2se_tables
 from scipy.special import ndtr
 
 
@@ -80,17 +81,17 @@ def test_the_committed_tables_are_what_the_committed_results_give(tmp_path, monk
 
 
 def test_the_committed_page_on_sr2se_is_what_the_committed_results_give(tmp_path, monkeypatch):
-    page = sr2se_experiments.PAGE
-    monkeypatch.setattr(sr2se_experiments, "PAGE", shutil.copy(page, tmp_path / "sr2se.md"))
-    monkeypatch.setattr(sr2se_experiments, "DOCS", tmp_path)
-    sr2se_experiments.report()
+    page = sr2se_tables.PAGE
+    monkeypatch.setattr(sr2se_tables, "PAGE", shutil.copy(page, tmp_path / "sr2se.md"))
+    monkeypatch.setattr(sr2se_tables, "DOCS", tmp_path)
+    sr2se_tables.report()
     assert (tmp_path / "sr2se.md").read_text() == page.read_text()
 
 
 def runs(accuracy: float, tokens: float, seed: int) -> list[dict]:
     generator = np.random.default_rng(seed)
     drawn = [generator.random(400) < accuracy for _ in range(5)]
-    return [{"correct": sr2se_experiments.bits(right), "tokens": tokens} for right in drawn]
+    return [{"correct": sr2se_jobs.bits(right), "tokens": tokens} for right in drawn]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def runs(accuracy: float, tokens: float, seed: int) -> list[dict]:
 )
 def test_a_gate_holds_where_it_spares_30_percent_and_is_not_measurably_below(accuracy, tokens, holds):
     bases = [{"depth_5": run["correct"], "tokens_5": 100.0} for run in runs(0.5, 100, seed=0)]
-    assert sr2se_experiments._gate_row(bases, runs(accuracy, tokens, seed=1)).holds is holds
+    assert sr2se_tables._gate_row(bases, runs(accuracy, tokens, seed=1)).holds is holds
 
 
 @pytest.mark.parametrize("arm", ["continuous", "no_pixels"])

@@ -88,6 +88,18 @@ def one_process(train):
     return {trained: (result, saved) for trained, ((result,), saved) in results.items()}
 
 
+@pytest.mark.parametrize(("engine", "trained"), [("zero3", "--lora"), ("fsdp2", "--weights")])
+def test_a_sharded_run_resumes_where_it_was(engine, trained, base, pairs, tmp_path):
+    arguments = (engine, base, tmp_path, trained, "--pairs", str(pairs))
+    options = {"script": SCRIPT, "save_strategy": "steps", "save_steps": 2}
+    whole = run(*arguments, **options)[0]
+    for result in tmp_path.glob("result-*.pt"):
+        result.unlink()
+    resumed = run(*arguments, "--resume", **options)[0]
+    assert len(resumed["weights"]) == 1 and resumed["sharded"] > 0
+    assert largest_difference(resumed["weights"], whole["weights"][2:]) == 0.0
+
+
 @pytest.mark.parametrize(
     ("engine", "trained"),
     [("ddp", "--lora"), ("zero2", "--weights"), *((engine, t) for engine in ("zero3", "fsdp2") for t in TRAINED)],

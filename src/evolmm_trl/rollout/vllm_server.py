@@ -730,20 +730,11 @@ class VLLMServers:
             raise VLLMError(f"The server at {server.url} is no vLLM server: it answers {_shown(text)} to /v1/models.")
         return cards
 
-    def _ask(
-        self,
-        server: "_Server",
-        method: str,
-        path: str,
-        body: dict | str | bytes | None = None,
-        timeout: float = 60.0,
-        limit: int = _SHORT_ANSWER,
-        raise_slow: bool = False,
-    ) -> tuple[int, str]:
+    def _ask(self, server: "_Server", method: str, path: str, *args, **kwargs) -> tuple[int, str]:
         """As [`VLLMServers._call`], of an answer that is about the request: waits for a busy server, and [`_Gone`] if it dies."""
         begin, pause = time.monotonic(), _POLL
         while True:
-            status, text = self._call(server, method, path, body, timeout, limit, raise_slow)
+            status, text = self._call(server, method, path, *args, **kwargs)
             is_busy = status in _BUSY
             if status < 500 and not is_busy:
                 return status, text
