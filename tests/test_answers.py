@@ -349,9 +349,9 @@ PIECES = [
 def test_junk_takes_less_than_a_second(piece, length):
     body = (piece * length)[:length]
     for text in (body, body[: LONGEST_ANSWER - 1] + "5", "5" + body, body + "9", " " * length + body + "!"):
-        start = time.perf_counter()
+        start = time.process_time()
         canonical = canonical_answer(text)
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
         assert canonical_answer(canonical) == canonical
 
 

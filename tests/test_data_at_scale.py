@@ -516,9 +516,9 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_without_decoding_them():
     assert decode_image(jpeg_with_scans(20)).size == (1000, 1000)
     bomb = jpeg_with_scans(3000, side=4000)
     assert len(bomb) < 700_000
-    start = time.perf_counter()
+    start = time.process_time()
     assert reason_of(lambda: decode_image(bomb)) == "too many scans"
-    assert time.perf_counter() - start < 1  # PIL alone: 5 seconds
+    assert time.process_time() - start < 1  # PIL alone: 5 seconds
 
 
 def test_the_scans_of_a_thumbnail_and_of_what_follows_an_image_are_not_counted():
@@ -556,9 +556,9 @@ def test_a_file_of_many_frames_costs_one(tmp_path):
     frames = [Image.new("P", (100, 100), i % 256) for i in range(300)]
     for format in ("GIF", "TIFF"):
         frames[0].save(tmp_path / "many", format, save_all=True, append_images=frames[1:])
-        start = time.perf_counter()
+        start = time.process_time()
         assert decode_image(tmp_path / "many").size == (100, 100)
-        assert time.perf_counter() - start < 0.5
+        assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize("format", ["EPS", "ICO", "PPM", "PCX", "TGA", "ICNS", "JPEG2000", "IM", "DDS"])

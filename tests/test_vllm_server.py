@@ -307,7 +307,7 @@ def test_the_wait_has_a_limit(stand_ins, connect, caplog):
         VLLMError, match=rf"No vLLM server answers at {stand_ins[1].url} \(ConnectionRefused.*after 0 s"
     ):
         connect(*stand_ins, start_timeout=0.3)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
     stand_ins[1].start()
 
 
@@ -446,7 +446,8 @@ def test_a_swap_that_every_server_dies_of_is_given_up(stand_ins, connect):
 
 
 def test_a_server_that_does_not_come_back_is_an_error_with_its_last_words(stand_ins, connect):
-    servers = connect(stand_ins[0], start_timeout=1)
+    servers = connect(stand_ins[0])
+    servers.start_timeout = 1
 
     def out_of_memory(server, body):
         server.routes["/health"] = (503, "")
@@ -497,16 +498,18 @@ def test_a_busy_server_is_waited_for_and_not_taken_for_dead(stand_ins, connect, 
 
 
 def test_the_wait_for_a_busy_server_has_a_limit(stand_ins, connect):
-    servers = connect(stand_ins[0], start_timeout=0.3)
+    servers = connect(stand_ins[0])
+    servers.start_timeout = 0.3
     stand_ins[0].faults = [lambda server, body: error(429, "Too many requests")] * 100
     with pytest.raises(VLLMError, match="too busy to answer /inference/v1/generate in 0 s .status 429, 'Too many req"):
         servers.generate([request()])
+    servers.start_timeout = 20
     servers.swap("solver", save)
-    stand_ins[0].faults = stand_ins[0].faults[:0]
+    stand_ins[0].faults = []
     stand_ins[0].routes["/v1/unload_lora_adapter"] = (503, "busy")
     started = time.monotonic()
     servers.close()
-    assert time.monotonic() - started < 0.3
+    assert time.monotonic() - started < 5  # nobody waits for a server at the end
 
 
 def test_a_server_that_knew_no_adapter_and_knows_it_again_is_asked_again(stand_ins, connect):
@@ -533,19 +536,19 @@ def silent():
 
 
 def test_a_host_that_does_not_answer_holds_nobody(silent, monkeypatch, tmp_path):
-    monkeypatch.setattr(vllm_server, "_CONNECT", 0.3)
+    monkeypatch.setattr(vllm_server, "_CONNECT", 2)
     servers = VLLMServers([silent], IMAGE_TOKEN, tmp_path, start_timeout=60)
     servers.adapters["solver"] = ServedAdapter("evolmm-solver", str(tmp_path / "evolmm-solver"))
     future = servers.submit(request())
     deadline = time.monotonic() + 20
     while servers._servers[0].up and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert servers._servers[0].reason == "no connection in 0 s"
+    assert servers._servers[0].reason == "no connection in 2 s"
     started = time.monotonic()
     servers._remove(servers.adapters["solver"])  # the server is known to be down, and not asked
-    assert time.monotonic() - started < 0.2
+    assert time.monotonic() - started < 1
     servers.close()
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
     with pytest.raises(VLLMError, match="was closed"):
         future.result(0)
 
