@@ -122,10 +122,11 @@ def test_a_sharded_run_resumes_where_it_was(engine, base, tmp_path):
     assert (tmp_path / "rollouts.jsonl").read_bytes() == records
 
 
-def test_all_processes_rewind_to_the_same_checkpoint(base, tmp_path):
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_all_processes_rewind_to_the_same_checkpoint(engine, base, tmp_path):
     """Their logs differ in what is measured on a clock, and one of them is in the checkpoint."""
     guard = {"action": "rewind", "window": 1, "patience": 2, "max_kl": 1e-9, "min_distinct_questions": None}
-    first, second = run("ddp", base, tmp_path, save_strategy="steps", save_steps=1, collapse_guard=guard)
+    first, second = run(engine, base, tmp_path, save_strategy="steps", save_steps=1, collapse_guard=guard)
     assert first["log"] != second["log"] and len(first["weights"]) < 12
     for result in (first, second):
         # The KL is above 0 from step 2 on
