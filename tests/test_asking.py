@@ -109,6 +109,8 @@ def test_what_cannot_be_asked_is_refused(demo_model, rows):
             ask(*demo_model, [image], [question])
     with pytest.raises(UnreadableImageError, match="not an image"):
         ask(*demo_model, [b"junk"], ["Why?"])
+    with pytest.raises(UnreadableImageError, match=r"missing file \(gone.png\)"):
+        ask(*demo_model, ["gone.png"], ["Why?"])
     with pytest.raises(ValueError, match="one question per image"):
         ask(*demo_model, [image, image], ["Why?"])
     with pytest.raises(ValueError, match="all 3 samples are the same"):

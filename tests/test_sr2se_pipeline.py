@@ -498,9 +498,10 @@ def test_images_outside_the_root_are_not_answered_about(run, data, tmp_path, cap
         "--output",
         str(tmp_path / "answers.jsonl"),
     ]
-    assert cli.main(command) == 0
-    summary = json.loads(capsys.readouterr().out)
-    assert (summary["answered"], summary["skipped"]) == (0, 1)
+    (tmp_path / "answers.jsonl").write_text("old")
+    assert cli.main(command) == 1
+    assert "could be answered: 1 rows were skipped" in capsys.readouterr().err
+    assert (tmp_path / "answers.jsonl").read_text() == "old"
     assert cli.main([*command, "--image_root", str(data.parent)]) == 0
     assert json.loads(capsys.readouterr().out)["answered"] == 1
 
@@ -524,6 +525,11 @@ def test_questions_are_not_overwritten_by_their_answers(tmp_path, capsys):
 def test_half_a_command_is_refused(run, capsys):
     assert cli.main(["sr2se", "answer", str(run / "run"), "--image", "a.png"]) == 2
     assert "--image and --question" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["sr2se", "answer", str(run / "run"), "--input", "a", "--output", "b", "--batch_size", "0"])
+    assert "no whole number from 1 on" in capsys.readouterr().err
+    assert cli.main(["sr2se", "answer", str(run / "run"), "--image", "gone.png", "--question", "q"]) == 1
+    assert "missing file (gone.png)" in capsys.readouterr().err
     assert cli.main(["sr2se", "answer", str(run), "--image", "a.png", "--question", "q"]) == 1
     assert "run.json" in capsys.readouterr().err
 

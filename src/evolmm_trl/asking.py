@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from transformers import GenerationConfig
 
 from .answers import canonical_answer
-from .data import decode_image
+from .data import decode_named_image
 from .processing import special_tokens
 from .prompts import RolePrompts, read_answer, without_marks
 from .rollout.generation import generate, generate_shared, sample_seed
@@ -93,7 +93,8 @@ def ask(
         seed (`int`, *optional*, defaults to `0`):
             Of sampling.
         prompts ([`RolePrompts`], *optional*):
-            What the model was trained with. Only the solver's prompt and the system message are used.
+            What the model was trained with, which [`load_prompts`] reads. If `None`, the default ones. Only the solver's
+            prompt and the system message are used.
 
     Returns:
         `list[Reply]`: one per question, in order.
@@ -106,7 +107,8 @@ def ask(
 
     ```python
     >>> model, processor = load_solver("Qwen/Qwen2.5-VL-7B-Instruct", "charts-evolmm", device_map="auto")
-    >>> (reply,) = ask(model, processor, ["chart.png"], ["Which bar is the tallest?"], samples=10)
+    >>> prompts = load_prompts("charts-evolmm")
+    >>> (reply,) = ask(model, processor, ["chart.png"], ["Which bar is the tallest?"], samples=10, prompts=prompts)
     >>> reply.answer, reply.vote.agreement
     ('2019', 0.8)
     ```
@@ -130,7 +132,7 @@ def ask(
     for start in range(0, len(questions), batch_size):
         rows = slice(start, start + batch_size)
         texts = [clean_question(question, processor) for question in questions[rows]]
-        decoded = [decode_image(image, max_pixels) for image in images[rows]]
+        decoded = [decode_named_image(image, max_pixels) for image in images[rows]]
         encoded = encode_prompts(processor, [prompts.solver_messages(text) for text in texts], decoded)
         seeds = [_seeds(seed, samples, image, text) for image, text in zip(decoded, texts, strict=True)]
         for group in sample(model, encoded, seeds, config):

@@ -417,6 +417,18 @@ def decode_image(
     return _decode(_content(value), max_pixels)[0]
 
 
+def decode_named_image(
+    value: PIL.Image.Image | bytes | str | Path | dict, max_pixels: int | None = None
+) -> PIL.Image.Image:
+    """As [`decode_image`], with an error that names the file where the image is given by its path."""
+    try:
+        return decode_image(value, max_pixels)
+    except UnreadableImageError as error:
+        if not isinstance(value, (str, Path)):
+            raise
+        raise UnreadableImageError(error.reason, f"{value} {error.detail}".strip()) from None
+
+
 def _check_max_pixels(max_pixels: int | None):
     if max_pixels is not None and max_pixels < SMALLEST_MAX_PIXELS:
         raise ValueError(

@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterable
 from typing import TextIO
 
-from . import UsageError, output_file
+from . import UsageError, output_file, positive
 
 
 def add_command(commands) -> None:
@@ -56,7 +56,7 @@ def add_command(commands) -> None:
     answer.add_argument("--input", help="JSONL with image and question, and answer to be compared with")
     answer.add_argument("--output", help="JSONL to write")
     answer.add_argument("--image_root", help="folder that image paths in --input start from and may not leave")
-    answer.add_argument("--batch_size", type=int, help="prompts at a time")
+    answer.add_argument("--batch_size", type=positive, help="prompts at a time")
     answer.set_defaults(run=_answer)
 
 
@@ -85,12 +85,22 @@ def _answer(arguments: argparse.Namespace) -> int:
         return 0
     rows = read_rows(arguments.input, ("question",), Path(arguments.input).parent, arguments.image_root)
     with output_file(arguments.output, arguments.input) as file:
-        summary = answer_rows(load_run(arguments.folder, arguments.batch_size), rows, file)
+        summary = answer_rows(load_run(arguments.folder, arguments.batch_size), rows, file, _lines(arguments.input))
+        if not summary["answered"]:
+            raise ValueError(
+                f"Nothing in {arguments.input} could be answered: {summary['skipped']} rows were skipped, for the reasons "
+                f"above. {arguments.output} is left as it was."
+            )
     print(json.dumps(summary, indent=2))
     return 0
 
 
-def answer_rows(reasoner, rows: Iterable, file: TextIO) -> dict:
+def _lines(file: str) -> int:
+    with open(file, "rb") as lines:
+        return sum(bool(line.strip()) for line in lines)
+
+
+def answer_rows(reasoner, rows: Iterable, file: TextIO, total: int | None = None) -> dict:
     """
     Answers every row; what cannot be used is skipped, counted and named.
 
@@ -101,6 +111,8 @@ def answer_rows(reasoner, rows: Iterable, file: TextIO) -> dict:
             What [`~evolmm_trl.sr2se.rows.read_rows`] gives, each with a question.
         file (`TextIO`):
             Gets JSONL with `image_path`, `question`, `answer`, `description`, `steps`, `scores`, `tokens`.
+        total (`int`, *optional*):
+            Rows, for the progress bar.
 
     Returns:
         `dict`: rows answered and skipped, mean steps and tokens, and the accuracy on rows with an answer.
@@ -133,9 +145,11 @@ def answer_rows(reasoner, rows: Iterable, file: TextIO) -> dict:
             totals["tokens"] += result.tokens
             if row.answer is not None:
                 right.append(is_right(result.answer, row.answer))
+        bar.update(len(group))
         group.clear()
 
-    for row in tqdm(rows, desc="answers", unit="row", disable=None):
+    bar = tqdm(desc="answers", unit="row", total=total, disable=None)
+    for row in rows:
         if isinstance(row, Row):
             try:
                 group.append((row, reasoner.policies.image(row.image_path)))
@@ -144,9 +158,11 @@ def answer_rows(reasoner, rows: Iterable, file: TextIO) -> dict:
         if isinstance(row, BadRow):
             warn_of(row, totals["skipped"])
             totals["skipped"] += 1
+            bar.update()
         if len(group) == 4 * reasoner.policies.batch_size:
             flush()
     flush()
+    bar.close()
     answered = max(totals["answered"], 1)
     return {
         "answered": totals["answered"],

@@ -29,7 +29,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin, Tr
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
 
-from ..data import ImagePaths, UnreadableImageError, decode_image
+from ..data import ImagePaths, decode_named_image
 from ..engines import keep_saved_names
 from ..processing import load_processor, special_tokens
 from ..prompts import RolePrompts, without_marks
@@ -154,13 +154,7 @@ class _DecodeImages:
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         if "image" not in rows:
             return rows
-        images = []
-        for path in rows["image"]:
-            try:
-                images.append(decode_image(path, self.max_pixels))
-            except UnreadableImageError as error:
-                raise UnreadableImageError(error.reason, f"{path} {error.detail}".strip()) from None
-        return {**rows, "image": images}
+        return {**rows, "image": [decode_named_image(path, self.max_pixels) for path in rows["image"]]}
 
 
 @dataclass

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..data import decode_image
+from ..data import decode_named_image
 from ..processing import special_tokens
 from ..prompts import Prompts, read_answer, user_message, without_marks
 from .generation import Completion, generate
@@ -161,7 +161,7 @@ class SubPolicies:
 
     def image(self, image: "Image.Image | bytes | str | Path | dict") -> Image.Image:
         """One image, decoded. Raises [`~evolmm_trl.data.UnreadableImageError`] if it cannot be."""
-        return decode_image(image, self.max_pixels)
+        return decode_named_image(image, self.max_pixels)
 
     def clean(self, text: str) -> str:
         """A stranger's text without special tokens and answer tags, on one line."""
