@@ -27,7 +27,7 @@ from tiny_trainer import TalkingTrainer, Watch, config, image_dataset, logged, l
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from evolmm_trl import EvoLMMTrainer, canonical_answer
-from evolmm_trl import trainer as trainer_module
+from evolmm_trl import checks
 from evolmm_trl.rollout.samples import EncodedPrompt
 from evolmm_trl.shared_prefix import PackedGroups
 
@@ -123,7 +123,7 @@ def test_whether_the_image_is_seen_is_asked_and_judged_on_all_processes(bases, t
                 super()._check_first_batch(samples, counted)
                 made.append(len(forwards))
             # As if another process, whose forward this one's belongs to, had found its image without effect
-            monkeypatch.setattr(trainer_module, "gather_object", lambda verdicts: [*verdicts, True])
+            monkeypatch.setattr(checks, "gather_object", lambda verdicts: [*verdicts, True])
             super()._check_first_batch(samples, counts)
 
     made = []

@@ -19,7 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -42,6 +42,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .answers import canonical_answer
 from .checkpoints import RoleCheckpoints
+from .checks import StartChecks
 from .config import DEFAULT_STREAM_ROLLOUTS, EvoLMMConfig
 from .data import EndlessImages, ReadableImageStream, readable_images
 from .engines import engine_optimizer, keep_saved_names, whole_weights
@@ -112,12 +113,9 @@ logger = logging.getLogger(__name__)
 
 # Losses that TRL averages over the rows of a micro-batch. The others it already normalises over the whole step
 _ROW_MEAN_LOSSES = ("grpo", "dr_grpo", "sapo", "luspo")
-# Largest mean difference, in nats per token, between the log-probs of the shared-prefix forward and of the plain one.
-# In float32 it is about 1e-6, in bfloat16 about 1e-2; a wrong mask or position makes it 0.1 and more
-_SHARED_PREFIX_TOLERANCE = {"full": 1e-3, "half": 5e-2}
 
 
-class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedRollouts, GRPOTrainer):
+class EvoLMMTrainer(StartChecks, LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedRollouts, GRPOTrainer):
     """
     Trains a vision-language model on images alone, by the method of [EvoLMM](https://huggingface.co/papers/2511.16672).
 
@@ -296,16 +294,6 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
     # ------------------------------------------------------------------------------------------------------------
     # Setting up
 
-    @staticmethod
-    def _check_optimizer_argument(optimizer, model, peft_config, args) -> None:
-        separate = args.adapters == "separate" and (peft_config is not None or isinstance(model, PeftModel))
-        if optimizer is not None and separate:
-            raise ValueError(
-                "`optimizers` holds an optimizer, but it was made before the proposer's adapter and would move the idle "
-                "role's adapter by momentum and weight decay. Choose the optimizer with `args.optim`; a scheduler alone "
-                "can be passed as `optimizers=(None, scheduler)`."
-            )
-
     def _set_up_roles(self, lora_configs: dict[str, LoraConfig] | None, vision: list[str]) -> None:
         """One adapter per role on the PEFT model that TRL made, or all weights but the vision tower's."""
         model = self.model
@@ -437,19 +425,6 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
         super().create_optimizer(model)
         self._check_optimizer()
         return self.optimizer
-
-    def _check_optimizer(self) -> None:
-        self.roles.check()
-        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        for role in ROLES:
-            parameters = self.roles.parameters(role)
-            missing = [name for name, parameter in parameters.items() if id(parameter) not in held]
-            if missing or not parameters:
-                raise RuntimeError(
-                    f"{len(missing)} of the {role}'s {len(parameters)} trainable tensors are not in the optimizer"
-                    f"{f', such as {missing[0]}' if missing else ''}; they would silently never train. Let the trainer make "
-                    "the optimizer, and change no `requires_grad` in between."
-                )
 
     def get_train_dataloader(self) -> DataLoader:
         """
@@ -1017,74 +992,9 @@ class EvoLMMTrainer(LabelledEvaluation, RoleCheckpoints, RolloutRecords, ServedR
         self._log_train(f"{self.role}/grad_norm", value)
         self._log_train(f"{self.role}/learning_rate", self._get_learning_rate())
         if self.role not in self._first_step_checked and self._step_advantages:
-            if value == 0.0:
-                raise RuntimeError(
-                    f"No gradient reached the {self.role}'s {len(self.roles.parameters(self.role))} trainable tensors "
-                    "although its samples have advantages: it would silently never train. Check that nothing froze or "
-                    "detached them."
-                )
+            self._check_first_gradient(value)
             self._first_step_checked.add(self.role)
         return grad_norm
-
-    @torch.no_grad()
-    def _check_first_batch(self, samples: list[Sample], counts: list[bool]) -> None:
-        """
-        Fails if the log-probs that the loss is made of do not depend on the image. Falls back to the plain forward, with
-        a warning, if the shared prefix does not give the plain forward's.
-        """
-        # Without dropout, which would make any two forwards differ and shift the random stream of a resumed run
-        self.model.eval()
-        mask = self._to_device(collate_completions(samples, self._tokenizer.pad_token_id))["completion_mask"].bool()
-        mask &= torch.tensor(counts, device=mask.device)[:, None]
-        has_pixels = all("pixel_values" in sample.prompt.image_inputs for sample in samples)
-        has_pixels = all(gather_object([has_pixels]))  # what follows is done on all processes or on none
-
-        def logps(samples: list[Sample], shared: bool) -> torch.Tensor:
-            return self._completion_logps(self.model, self._collate(samples, counts, shared))[mask]
-
-        if self._share_prefix and not self._sharing_verified and has_pixels:
-            difference = (logps(samples, True) - logps(samples, False)).abs().sum() / mask.sum().clamp(min=1)
-            difference = self.accelerator.gather(difference).max().item()
-            half = self.accelerator.mixed_precision != "no" or self.model.dtype != torch.float32
-            self._sharing_verified = difference <= _SHARED_PREFIX_TOLERANCE["half" if half else "full"]
-            if not self._sharing_verified:
-                logger.warning(
-                    "The shared-prefix forward does not give the plain forward's log-probs: their mean difference is %.2g "
-                    "per token. The plain path is taken from here on, for this run.",
-                    difference,
-                )
-                self._share_prefix = self._share_features = self._share_prefill = False
-        shared = self._share_prefix
-        if not shared and not has_pixels:
-            raise RuntimeError(
-                f"The batch of the {self.role}'s first step holds no `pixel_values` but "
-                f"{sorted(samples[0].prompt.image_inputs)}: the policy gradient would not see the image. If these are "
-                "questions of a checkpoint, which are kept as the vision tower's features, resume with shared_prefix=True."
-            )
-        with self._sampling() as model:
-            others = self._with_other_images(model, samples)
-        # Both on every process, since sharded weights are gathered for them, and the verdict is that of all
-        own, other = logps(samples, shared), logps(others, shared)
-        blind = mask.any() and torch.equal(own, other)
-        if any(gather_object([bool(blind)])):
-            raise RuntimeError(
-                f"The {self.role}'s log-probs do not change with the image: the policy gradient would not see it. Check "
-                "that the chat template places the image and the processor returns it."
-            )
-        self.model.train()
-
-    def _with_other_images(self, model, samples: list[Sample]) -> list[Sample]:
-        """The samples with the negatives of their images, one prompt per group as before."""
-        prompts = {id(sample.prompt): sample.prompt for sample in samples}
-        others = []
-        for prompt in prompts.values():
-            inputs = {k: 1.0 - v if k == "pixel_values" else v for k, v in prompt.image_inputs.items()}
-            features = None if prompt.features is None else {k: 1.0 - v for k, v in prompt.features.items()}
-            others.append(replace(prompt, image_inputs=inputs, features=features))
-        if all(prompt.features is not None and "pixel_values" in prompt.image_inputs for prompt in others):
-            others = with_features(model, others)
-        others = dict(zip(prompts, others, strict=True))
-        return [replace(sample, prompt=others[id(sample.prompt)]) for sample in samples]
 
     # ------------------------------------------------------------------------------------------------------------
     # Generation
