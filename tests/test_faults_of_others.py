@@ -26,8 +26,7 @@ from tiny_models import tiny_qwen2_5_vl, tiny_qwen3_vl
 from tiny_trainer import TalkingTrainer, Watch, config, image_dataset, logged, lora, snapshot
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
-from evolmm_trl import EvoLMMTrainer, canonical_answer
-from evolmm_trl import checks
+from evolmm_trl import EvoLMMTrainer, canonical_answer, checks
 from evolmm_trl.rollout.samples import EncodedPrompt
 from evolmm_trl.shared_prefix import PackedGroups
 
