@@ -555,6 +555,64 @@ def test_an_unknown_name_in_a_section_is_said_before_the_first_stage(data, tmp_p
         SR2SEConfig(**settings(tmp_path, data, **{section: value}))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "dpo.learning_rate=abc",
+            r"`dpo.learning_rate` is 'abc' \(str\); expected a number\. Correct it in the recipe",
+        ),
+        ("dpo.learning_rate=null", "`dpo.learning_rate` is null; expected a number"),
+        ("dpo.gradient_checkpointing=fals", "`dpo.gradient_checkpointing` is 'fals' .* expected true or false"),
+        ("sft.max_length=1k", "`sft.max_length` is '1k' .* expected a whole number or null"),
+        ("gate.epochs=2.5", "`gate.epochs` is 2.5 .* expected a whole number"),
+        ("gate.epochs=true", "`gate.epochs` is True .* expected a whole number"),
+        ("refinement.max_rows=all", "`refinement.max_rows` is 'all' .* expected a whole number or null"),
+        ("generation.batch_size=many", "`generation.batch_size` is 'many' .* expected a whole number"),
+        ("labeller.num_answers=five", "`labeller.num_answers` is 'five' .* expected a whole number"),
+        ("lora.r=big", "`lora.r` is 'big' .* expected a whole number"),
+        ("lora=true", "`lora` is True .* expected a section of names and values or null"),
+        ("gate=5", "`gate` is 5 .* expected a section of names and values"),
+        ("rounds=two", "`rounds` is 'two' .* expected a whole number"),
+        ("labels=fals", "`labels` is 'fals' .* expected true or false"),
+        ("output_dir=2026", "`output_dir` is 2026 .* expected text"),
+        ("dtype=bf16", "`dtype` is 'bf16'; expected one of bfloat16, float16, float32, auto"),
+    ],
+)
+def test_a_wrong_value_is_said_before_the_first_stage(data, tmp_path, capsys, change, message):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings(tmp_path, data)))
+    with pytest.raises(ValueError, match=message):
+        SR2SEConfig.from_file(tmp_path / "a.yaml", [change])
+    assert cli.main(["sr2se", "run", str(tmp_path / "a.yaml"), "--set", change]) == 1
+    assert "Traceback" not in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_values_of_every_type_that_a_field_takes_are_read(data, tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings(tmp_path, data)))
+    changes = [
+        "gate.epochs=2e1",
+        "gate.dropout=0",
+        "dpo.warmup_steps=0.1",
+        "dpo.num_train_epochs=2",
+        "dpo.loss_type=sigmoid",
+        "dpo.max_length=null",
+        "dpo.run_name=5",
+        "dpo.gradient_checkpointing_kwargs={use_reentrant: false}",
+        "lora.lora_alpha=8.5",
+        "lora.target_modules=[q_proj]",
+        "refinement.max_rows=null",
+        "generation.max_pixels=null",
+        "dtype=auto",
+    ]
+    config = SR2SEConfig.from_file(tmp_path / "a.yaml", changes)
+    epochs = config.gate_config().epochs
+    assert epochs == 20 and isinstance(epochs, int)
+    assert config.dpo_config(tmp_path).loss_type == ["sigmoid"]
+    with pytest.raises(ValueError, match="`dtype` is 'auto'; expected one of bfloat16, float16, float32"):
+        SR2SEConfig.from_file(tmp_path / "a.yaml", [*changes, "load_in_4bit=true"])
+    assert SR2SEConfig(**settings(tmp_path, data, output_dir=tmp_path / "run")).rounds == 1
+
+
 def test_settings_that_cannot_work_are_refused(data, tmp_path):
     with pytest.raises(FileNotFoundError, match="`data` is 'nowhere'"):
         SR2SEConfig(**settings(tmp_path, "nowhere"))

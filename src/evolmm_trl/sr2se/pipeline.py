@@ -29,6 +29,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -64,6 +66,8 @@ logger = logging.getLogger(__name__)
 
 STAGES = ("sft", "pairs", "gate", "dpo", "final_gate")
 
+_DTYPES = ("bfloat16", "float16", "float32", "auto")
+
 
 @dataclass
 class SR2SEConfig:
@@ -73,7 +77,7 @@ class SR2SEConfig:
     Args:
         model (`str`):
             Id or path of the base model.
-        output_dir (`str`):
+        output_dir (`str` or `Path`):
             Where everything is written.
         data (`str`):
             JSONL with `image`, `question` and `answer`; without labels also a folder of images.
@@ -88,7 +92,7 @@ class SR2SEConfig:
             Folder that image paths in `data` and `sft_data` start from and may not leave. Without it they start from the
             file's folder and may lead into it or the working directory.
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
-            Of the base model. Training uses bf16 where it is `"bfloat16"`. Weights that are trained themselves are in
+            Of the base model: `"bfloat16"`, `"float16"`, `"float32"`, or `"auto"`, as it is stored. Training uses bf16 where it is `"bfloat16"`. Weights that are trained themselves are in
             float32 from then on, since less would lose small steps: in training, on the disk and in use.
         attn_implementation (`str`, *optional*):
             As in `from_pretrained`.
@@ -118,7 +122,7 @@ class SR2SEConfig:
     """
 
     model: str
-    output_dir: str
+    output_dir: str | Path
     data: str
     labels: bool = True
     rounds: int = 1
@@ -141,6 +145,11 @@ class SR2SEConfig:
     seed: int = 42
 
     def __post_init__(self):
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        _check_types(values, get_type_hints(SR2SEConfig), {*_NUMBERS, str, dict, Path})
+        if self.dtype not in _DTYPES or (self.dtype == "auto" and self.load_in_4bit):
+            expected = _DTYPES[:-1] if self.load_in_4bit else _DTYPES
+            raise ValueError(f"`dtype` is {self.dtype!r}; expected one of {', '.join(expected)}.")
         if self.rounds < 1:
             raise ValueError(f"`rounds` is {self.rounds}; expected at least 1.")
         if self.load_in_4bit and self.lora is None:
@@ -149,18 +158,21 @@ class SR2SEConfig:
             path = getattr(self, name)
             if path is not None and not Path(path).exists():
                 raise FileNotFoundError(f"`{name}` is {path!r}, but there is no such file or folder.")
-        # Everything is built once now, so that a wrong name is said before the first stage and not after hours
+        # Everything is built once now, so that a wrong name or value is said before the first stage and not after hours
         self.sub_policy_prompts()
         RolePrompts.from_dict(self.role_prompts)
-        for section, make in (
-            ("refinement", self.refinement_config),
-            ("gate", self.gate_config),
-            ("lora", self.lora_config),
-            ("sft", lambda: self.sft_config(Path(self.output_dir))),
-            ("dpo", lambda: self.dpo_config(Path(self.output_dir))),
-            ("generation", lambda: SubPolicies(None, None, **self.generation)),
-            ("labeller", lambda: AgreementLabeller(None, **self.labeller)),
+        for section, annotated, make in (
+            ("refinement", RefinementConfig, self.refinement_config),
+            ("gate", GateTrainingConfig, self.gate_config),
+            ("lora", LoraConfig, self.lora_config),
+            ("sft", SFTConfig, lambda: self.sft_config(Path(self.output_dir))),
+            ("dpo", SRDPOConfig, lambda: self.dpo_config(Path(self.output_dir))),
+            ("generation", SubPolicies.__init__, lambda: SubPolicies(None, None, **self.generation)),
+            ("labeller", AgreementLabeller.__init__, lambda: AgreementLabeller(None, **self.labeller)),
         ):
+            # PEFT calls `lora_alpha` an int and takes any number
+            types = {**get_type_hints(annotated), "lora_alpha": float}
+            _check_types(getattr(self, section) or {}, types, _NUMBERS, f"{section}.")
             try:
                 make()
             except TypeError as error:
@@ -258,6 +270,40 @@ class SR2SEConfig:
         }
 
 
+_NUMBERS = {bool, int, float, NoneType}
+_IN_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a section of names and values",
+    NoneType: "null",
+}
+
+
+def _check_types(values: dict, annotated: dict[str, Any], checked: set[type], section: str = "") -> None:
+    """
+    Raises a `ValueError` for a value of another type than its field is annotated with. Fields that also take types that
+    are not in `checked` are left to the class that has them.
+    """
+    for name, value in values.items():
+        hint = annotated.get(name, Any)
+        types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if not checked.issuperset(types):
+            continue
+        if isinstance(value, bool):
+            fits = bool in types
+        else:
+            fits = isinstance(value, types) or (float in types and isinstance(value, int))
+        if not fits:
+            expected = " or ".join(_IN_WORDS[type_] for type_ in types if type_ in _IN_WORDS)
+            given = "null" if value is None else f"{value!r} ({type(value).__name__})"
+            raise ValueError(
+                f"`{section}{name}` is {given}; expected {expected}. Correct it in the recipe or with "
+                f"--set {section}{name}=..."
+            )
+
+
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -267,7 +313,10 @@ def _floats(value):
         return {name: _floats(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_floats(item) for item in value]
-    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+    if not isinstance(value, str) or not _EXPONENT.fullmatch(value):
+        return value
+    number = float(value)
+    return int(number) if number.is_integer() else number  # 2e1 epochs are 20
 
 
 # Names in the authors' default_config.json and ours, by section; a dot leads into a section of ours.
