@@ -587,6 +587,21 @@ def test_a_wrong_value_is_said_before_the_first_stage(data, tmp_path, capsys, ch
     assert "Traceback" not in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("targets", [["q_prj"], "q_prj"])
+def test_target_modules_that_match_nothing_are_said_before_the_first_stage(data, tmp_path, targets):
+    config = SR2SEConfig(**settings(tmp_path, data, lora={"target_modules": targets}))
+    with pytest.raises(ValueError, match=r"'q_prj'.*, which matches no module of .*\. Its linear layers .* q_proj"):
+        run_pipeline(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "absent"], r".*\.q_proj", "all-linear", "ALL-LINEAR"])
+def test_target_modules_that_match_are_let_through(data, tmp_path, targets):
+    config = SR2SEConfig(**settings(tmp_path, data, lora={"target_modules": targets}))
+    pretend(config)
+    assert len(run_pipeline(config)["stages"]) == 4
+
+
 def test_values_of_every_type_that_a_field_takes_are_read(data, tmp_path):
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings(tmp_path, data)))
     changes = [

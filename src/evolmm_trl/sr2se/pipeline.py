@@ -47,6 +47,7 @@ from ..processing import load_processor, special_tokens
 from ..prompts import RolePrompts, user_message, without_marks
 from ..role_adapters import (
     check_adapted_modules,
+    check_target_modules,
     keep_adapters_precise,
     keep_gradients_on_cpu,
     vision_modules,
@@ -459,6 +460,9 @@ def run_pipeline(config: SR2SEConfig, stages: Sequence[str] | None = None) -> di
     if "sft" in stages and stages is not STAGES and config.sft_data is None:
         raise ValueError("The stage sft needs `sft_data`: JSONL with `image`, `question` and `answer`.")
     run = _Run(config)
+    if config.lora and "target_modules" in config.lora:
+        trusted = config.dpo_config(run.folder).trust_remote_code
+        check_target_modules(config.lora_config(), config.model, trusted)
     for number in range(1, config.rounds + 1):
         for stage in STAGES:
             if stage in stages and (stage != "sft" or (number == 1 and config.sft_data is not None)):
