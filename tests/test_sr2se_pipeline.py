@@ -231,6 +231,21 @@ def test_stages_are_not_reused_with_another_outcome_of_those_before(data, tmp_pa
         run_pipeline(SR2SEConfig(**settings(tmp_path, copy)), ["pairs"])
 
 
+def test_the_same_data_by_another_spelling_of_its_path_is_the_same(data, tmp_path, monkeypatch):
+    shutil.copytree(data.parent, tmp_path / "charts")
+    monkeypatch.chdir(tmp_path)
+    changes = {"sft_data": "charts/data.jsonl", "image_root": "charts"}
+    pretend(SR2SEConfig(**settings(tmp_path, "charts/data.jsonl", **changes)), ["sft", "pairs", "gate"])
+    for spelled in (tmp_path / "charts" / "data.jsonl", "./charts/../charts/data.jsonl"):
+        changes = {"sft_data": str(spelled), "image_root": str(Path(spelled).parent)}
+        same = SR2SEConfig(**settings(tmp_path, spelled, **changes))
+        assert len(run_pipeline(same, ["sft", "pairs", "gate"])["stages"]) == 3
+    (tmp_path / "elsewhere").mkdir()
+    moved = shutil.copy("charts/data.jsonl", "elsewhere")  # its image paths lead to other files
+    with pytest.raises(ValueError, match=r"Stage pairs .* \(data\)"):
+        run_pipeline(SR2SEConfig(**settings(tmp_path, moved, **changes)), ["pairs"])
+
+
 class StandInTrainer:
     """A trainer that writes down what it is told to go on from."""
 

@@ -507,6 +507,16 @@ def test_other_settings_than_those_begun_with_are_refused(policies, data, tmp_pa
         build_pairs(policies, data, output, config)
 
 
+def test_a_source_by_another_spelling_of_its_path_is_the_same(policies, data, tmp_path, monkeypatch):
+    output, config = tmp_path / "pairs.jsonl", RefinementConfig(max_rows=2)
+    report = build_pairs(policies, data, output, config, image_root=data.parent)
+    monkeypatch.chdir(tmp_path)
+    assert build_pairs(policies, "charts/data.jsonl", output, config, image_root="charts") == report
+    (tmp_path / "data.jsonl").symlink_to(data)  # image paths start from where the link is
+    with pytest.raises(ValueError, match=r"other settings \(source\)"):
+        build_pairs(policies, "data.jsonl", output, config, image_root="charts")
+
+
 def test_a_folder_or_dataset_that_has_changed_is_refused(policies, data, tmp_path):
     config, labeller = RefinementConfig(max_rows=2, max_refinements=0), AgreementLabeller(policies, ROLE_PROMPTS)
     lines = [{**row, "image": str(data.parent / row["image"])} for row in read(data)[:3]]

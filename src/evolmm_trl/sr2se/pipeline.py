@@ -57,7 +57,7 @@ from ..role_adapters import (
 from ..solver import load_solver
 from .early_exit import EarlyExitReasoner, GateRollouts, GateTrainingConfig, train_gate
 from .generation import chat_texts, process_state
-from .refinement import AgreementLabeller, RefinementConfig, build_pairs, rows_and_digest, write_json
+from .refinement import AgreementLabeller, RefinementConfig, absolute, build_pairs, rows_and_digest, write_json
 from .rows import BadRow, Row, paths_beside, read_rows, warn_of
 from .sr_dpo import SRDPOConfig, SRDPOTrainer, decoding_images, holds_special_token, load_preferences
 from .sub_policies import SubPolicies, SubPolicyPrompts
@@ -581,6 +581,9 @@ class _Run:
         if not config.labels and stage in ("pairs", "final_gate"):
             names += ("labeller", "role_prompts")
         settings = {name: getattr(config, name) for name in (*names, "dtype", "seed")}
+        for name in ("data", "sft_data", "image_root"):
+            if settings.get(name) is not None:
+                settings[name] = absolute(settings[name])
         # Training reads images alone, and how many prompts fit into memory is no matter of the outcome
         without = {"batch_size"} if "data" in names else set(config.generation) - {"max_pixels"}
         settings["generation"] = {name: value for name, value in config.generation.items() if name not in without}

@@ -541,7 +541,8 @@ def build_pairs(
     Started under `torchrun` or `accelerate launch`, the processes share the work; the pairs are the same for any number
     of them. A run that was stopped goes on where it was: the same call does not repeat finished batches, and returns at
     once if all is done. With other settings, other weights or another source it is an error: a file is known by its
-    content, a folder by the names and sizes of its images, a dataset by its fingerprint. A stream is not known.
+    place and content, a folder by its place and the names and sizes of its images, a dataset by its fingerprint. A stream
+    is not known.
 
     Args:
         policies ([`SubPolicies`]):
@@ -585,9 +586,9 @@ def build_pairs(
         "labeller": labeller.settings() if labeller else None,
         "rollout_rows": rollout_rows if reasoner else 0,
         "rollout_steps": reasoner.max_steps if reasoner else 0,
-        "source": str(source) if isinstance(source, (str, Path)) else "dataset",
+        "source": absolute(source) if isinstance(source, (str, Path)) else "dataset",
         "source_content": content,
-        "image_root": None if image_root is None else str(image_root),
+        "image_root": None if image_root is None else absolute(image_root),
     }
     if report_file.is_file() and output.is_file():
         report = json.loads(report_file.read_text())
@@ -624,6 +625,12 @@ def build_pairs(
         _merge(output, report_file, state.num_processes, settings)
     state.wait_for_everyone()
     return json.loads(report_file.read_text())
+
+
+def absolute(path: str | Path) -> str:
+    """One spelling for each place. A link to a file is another place: the file's images start from where the link is."""
+    path = Path(path)
+    return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)
 
 
 def rows_and_digest(source: "str | Path | Dataset | IterableDataset") -> tuple[int | None, str | None]:
