@@ -32,7 +32,7 @@ from transformers import AutoModelForImageTextToText
 from evolmm_trl import cli
 from evolmm_trl.sr2se import SR2SEConfig, run_pipeline
 from evolmm_trl.sr2se.pipeline import _load, _Run, _sft_dataset, load_run
-from evolmm_trl.sr2se.refinement import write_json
+from evolmm_trl.sr2se.refinement import PairMaker, write_json
 
 
 BASE = str(DEMO / "models" / "sr2se")
@@ -244,6 +244,38 @@ def test_the_same_data_by_another_spelling_of_its_path_is_the_same(data, tmp_pat
     moved = shutil.copy("charts/data.jsonl", "elsewhere")  # its image paths lead to other files
     with pytest.raises(ValueError, match=r"Stage pairs .* \(data\)"):
         run_pipeline(SR2SEConfig(**settings(tmp_path, moved, **changes)), ["pairs"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_steps": 2}, "max_steps"),
+        ({"gate_rows": 9}, "gate_rows"),
+        ({"seed": 1}, "refinement, gate_rows or seed"),
+        ({"generation": {"max_step_tokens": 9}}, "generation or prompts"),
+    ],
+)
+def test_pairs_that_were_stopped_name_the_recipes_settings_and_what_to_remove(
+    data, tmp_path, monkeypatch, changes, said
+):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PairMaker, "__call__", stop)
+    base = settings(tmp_path, data)
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(SR2SEConfig(**base), ["pairs"])
+    folder = tmp_path / "run" / "round-1" / "pairs"
+    other = SR2SEConfig(**{**base, **changes})
+    with pytest.raises(ValueError) as error:
+        run_pipeline(other, ["pairs"])
+    assert str(error.value) == (
+        f"Stage pairs of round 1 was begun with other settings ({said}). Go on with the same ones, or remove {folder} to "
+        "begin anew."
+    )
+    shutil.rmtree(folder)
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(other, ["pairs"])
 
 
 class StandInTrainer:

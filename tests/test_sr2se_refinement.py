@@ -484,7 +484,10 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_pairs(policies, d
 def test_other_settings_than_those_begun_with_are_refused(policies, data, tmp_path, monkeypatch):
     output, config = tmp_path / "pairs.jsonl", RefinementConfig(max_rows=4)
     report = build_pairs(policies, data, output, config)
-    with pytest.raises(ValueError, match=r"other settings \(config\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"other settings \(config\).* remove .*/pairs\.jsonl\*, .*/pairs\.part-\* and the folder of rollouts",
+    ):
         build_pairs(policies, data, output, RefinementConfig(max_rows=5))
     with monkeypatch.context() as patch:
         patch.setattr(policies, "max_perception_tokens", 9)

@@ -57,7 +57,15 @@ from ..role_adapters import (
 from ..solver import load_solver
 from .early_exit import EarlyExitReasoner, GateRollouts, GateTrainingConfig, train_gate
 from .generation import chat_texts, process_state
-from .refinement import AgreementLabeller, RefinementConfig, absolute, build_pairs, rows_and_digest, write_json
+from .refinement import (
+    AgreementLabeller,
+    OtherSettings,
+    RefinementConfig,
+    absolute,
+    build_pairs,
+    rows_and_digest,
+    write_json,
+)
 from .rows import BadRow, Row, paths_beside, read_rows, warn_of
 from .sr_dpo import SRDPOConfig, SRDPOTrainer, decoding_images, holds_special_token, load_preferences
 from .sub_policies import SubPolicies, SubPolicyPrompts
@@ -470,6 +478,19 @@ def run_pipeline(config: SR2SEConfig, stages: Sequence[str] | None = None) -> di
     return run.summary()
 
 
+# Where the recipe has what `build_pairs` compares
+_IN_RECIPE = {
+    "config": "refinement, gate_rows or seed",
+    "policies": "generation or prompts",
+    "weights": "model, dtype or the stages before",
+    "labeller": "labels, labeller or role_prompts",
+    "rollout_rows": "gate_rows",
+    "rollout_steps": "max_steps",
+    "source": "data",
+    "source_content": "content of data",
+}
+
+
 class _Run:
     def __init__(self, config: SR2SEConfig):
         self.config = config
@@ -715,17 +736,24 @@ class _Run:
             labeller = AgreementLabeller(
                 policies, RolePrompts.from_dict(self.config.role_prompts), **self.config.labeller
             )
-        report = build_pairs(
-            policies,
-            self.config.data,
-            folder / "pairs.jsonl",
-            config,
-            labeller=labeller,
-            reasoner=EarlyExitReasoner(policies, max_steps=self.config.max_steps),
-            rollout_folder=folder / "rollouts",
-            rollout_rows=self.config.gate_rows,
-            image_root=self.config.image_root,
-        )
+        try:
+            report = build_pairs(
+                policies,
+                self.config.data,
+                folder / "pairs.jsonl",
+                config,
+                labeller=labeller,
+                reasoner=EarlyExitReasoner(policies, max_steps=self.config.max_steps),
+                rollout_folder=folder / "rollouts",
+                rollout_rows=self.config.gate_rows,
+                image_root=self.config.image_root,
+            )
+        except OtherSettings as error:
+            changed = ", ".join(_IN_RECIPE.get(name, name) for name in error.changed)
+            raise ValueError(
+                f"Stage {folder.name} of {folder.parent.name.replace('-', ' ')} was begun with other settings ({changed}). "
+                f"Go on with the same ones, or remove {folder} to begin anew."
+            ) from error
         return {name: value for name, value in report.items() if name != "settings"}
 
     def _fit_gate(self, rollouts: Path, folder: Path, model: str) -> dict | None:

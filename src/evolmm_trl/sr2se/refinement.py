@@ -592,7 +592,7 @@ def build_pairs(
     }
     if report_file.is_file() and output.is_file():
         report = json.loads(report_file.read_text())
-        _check_settings(report["settings"], settings, report_file)
+        _check_settings(report["settings"], settings, report_file, output)
         return report
     output.parent.mkdir(parents=True, exist_ok=True)
     _check_parts(output, state.num_processes, rollout_folder)
@@ -678,6 +678,17 @@ def _batches(rows: Iterator[Row | BadRow], size: int) -> Iterator[tuple[int, lis
         yield number, group
 
 
+class OtherSettings(ValueError):
+    """Pairs were begun with other settings: those named in `changed`."""
+
+    def __init__(self, file: Path, output: Path, changed: list[str]):
+        super().__init__(
+            f"{file} was made with other settings ({', '.join(changed)}). Use the same ones to go on, or choose another "
+            f"output, or remove {output}*, {output.with_name(output.stem)}.part-* and the folder of rollouts, if there is one."
+        )
+        self.changed = changed
+
+
 class _Part:
     """One process's pairs so far. The state names how much of the file is valid, and is replaced as a whole."""
 
@@ -688,7 +699,7 @@ class _Part:
         self.next_batch, self.bytes, self.counts, self.skipped = 0, 0, Counter(), []
         if self.state_file.is_file():
             state = json.loads(self.state_file.read_text())
-            _check_settings(state["settings"], settings, self.state_file)
+            _check_settings(state["settings"], settings, self.state_file, output)
             self.next_batch, self.bytes = state["next_batch"], state["bytes"]
             self.counts, self.skipped = Counter(state["counts"]), state["skipped"]
 
@@ -735,13 +746,10 @@ def _check_parts(output: Path, processes: int, rollout_folder: str | Path | None
         )
 
 
-def _check_settings(before: dict, now: dict, file: Path) -> None:
+def _check_settings(before: dict, now: dict, file: Path, output: Path) -> None:
     changed = [name for name in now if before.get(name) != json.loads(json.dumps(now[name]))]
     if changed:
-        raise ValueError(
-            f"{file} was made with other settings ({', '.join(changed)}). Use the same ones to go on, or remove it and "
-            "its pairs, or choose another output."
-        )
+        raise OtherSettings(file, output, changed)
 
 
 def _merge(output: Path, report_file: Path, processes: int, settings: dict) -> None:
