@@ -29,6 +29,7 @@ import pytest
 from charts import VAL_SEEDS, chart, labelled_questions
 from datasets import Dataset, Image
 from demo import load_model
+from tqdm.auto import tqdm
 
 from evolmm_trl import RolePrompts
 from evolmm_trl.sr2se import (
@@ -39,6 +40,7 @@ from evolmm_trl.sr2se import (
     SubPolicies,
     SubPolicyPrompts,
     build_pairs,
+    refinement,
 )
 from evolmm_trl.sr2se.generation import Completion, generate
 from evolmm_trl.sr2se.refinement import PairMaker, is_valid, rows_and_digest, states_answer
@@ -571,6 +573,27 @@ def test_pairs_do_not_replace_the_rows_that_they_are_made_of(policies, data, tmp
         with pytest.raises(ValueError, match="the source itself"):
             build_pairs(policies, data, output, RefinementConfig(max_rows=1))
     assert data.read_bytes() == before
+
+
+@pytest.mark.parametrize(("looks", "name"), [(2, "pairs"), (0, "rollouts")])
+def test_the_bar_counts_rows_that_are_done(policies, data, tmp_path, monkeypatch, looks, name):
+    bars, seen = [], []
+
+    class Bar(tqdm):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            bars.append(self)
+
+    def make(self, rows, batch, roll_out=False):
+        seen.append(bars[0].n)
+        return [], Counter(rows=len(rows)), [], None
+
+    monkeypatch.setattr(refinement, "tqdm", Bar)
+    monkeypatch.setattr(PairMaker, "__call__", make)
+    config = RefinementConfig(max_rows=10, batch_size=4, max_refinements=looks)
+    build_pairs(policies, data, tmp_path / "pairs.jsonl", config)
+    assert seen == [0, 4, 8] and bars[0].n == 10
+    assert (bars[0].desc, bars[0].postfix) == (name, "pairs=0" if looks else None)
 
 
 def test_a_report_without_its_pairs_counts_for_nothing(policies, data, tmp_path):

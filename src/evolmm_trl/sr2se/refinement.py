@@ -605,12 +605,12 @@ def build_pairs(
     maker = PairMaker(policies, config, labeller, reasoner)
     part = _Part(output, state.process_index, state.num_processes, settings)
     total = min((n for n in (rows_in_all, config.max_rows) if n is not None), default=None)
-    bar = tqdm(desc="pairs", unit="row", total=total, disable=not state.is_main_process)
+    name = "pairs" if config.max_refinements else "rollouts"
+    bar = tqdm(desc=name, unit="row", total=total, disable=not state.is_main_process)
     with part.open():
         for batch, group in _batches(rows, config.batch_size):
-            size = len(group)
-            bar.update(size)
             if batch % state.num_processes != state.process_index or batch < part.next_batch:
+                bar.update(len(group))
                 continue
             roll_out = reasoner is not None and batch * config.batch_size < rollout_rows
             pairs, counts, skipped, rollouts = maker(group, batch, roll_out)
@@ -618,7 +618,9 @@ def build_pairs(
                 Path(rollout_folder).mkdir(parents=True, exist_ok=True)
                 rollouts.save(Path(rollout_folder) / f"{batch:08d}.safetensors")
             part.finish(batch, pairs, counts, skipped)
-            bar.set_postfix(pairs=part.counts["pairs"], refresh=False)
+            if config.max_refinements:
+                bar.set_postfix(pairs=part.counts["pairs"], refresh=False)
+            bar.update(len(group))
     bar.close()
     state.wait_for_everyone()
     if state.is_main_process:
