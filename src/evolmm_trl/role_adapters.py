@@ -278,12 +278,17 @@ def check_target_modules(config: LoraConfig, model: str, trust_remote_code: bool
     if targets is None or config.target_parameters or (isinstance(targets, str) and targets.lower() == "all-linear"):
         return
     built = _without_weights(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code), trust_remote_code)
-    linear = [name for name, module in built.named_modules() if isinstance(module, nn.Linear)]
     if not any(check_target_module_exists(config, name) for name, _ in built.named_modules()):
+        vision, head = vision_modules(built), built.get_output_embeddings()
+        linear = [
+            name
+            for name, module in built.named_modules()
+            if isinstance(module, nn.Linear) and module is not head and not _is_in(name, vision)
+        ]
         given = targets if isinstance(targets, str) else sorted(targets)
         raise ValueError(
-            f"`target_modules` is {given!r}, which matches no module of {model}. Its linear layers are called "
-            f"{last_names(linear)}. Name some of them, or leave `target_modules` unset."
+            f"`target_modules` is {given!r}, which matches no module of {model}. The linear layers of its language "
+            f"model are called {last_names(linear)}. Name some of them, or leave `target_modules` unset."
         )
 
 

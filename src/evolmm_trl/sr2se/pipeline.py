@@ -214,6 +214,8 @@ class SR2SEConfig:
                 if section.get(part) is None:
                     section[part] = {}
                 section = section[part]
+                if not isinstance(section, dict):
+                    raise ValueError(f"Got the change {change!r}, but {part!r} is {section!r}; expected a section.")
             section[name] = _floats(yaml.safe_load(value))
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
