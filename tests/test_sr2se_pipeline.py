@@ -32,7 +32,7 @@ from transformers import AutoModelForImageTextToText
 from evolmm_trl import cli
 from evolmm_trl.sr2se import SR2SEConfig, run_pipeline
 from evolmm_trl.sr2se.pipeline import _load, _Run, _sft_dataset, load_run
-from evolmm_trl.sr2se.refinement import write_json
+from evolmm_trl.sr2se.refinement import PairMaker, write_json
 
 
 BASE = str(DEMO / "models" / "sr2se")
@@ -229,6 +229,53 @@ def test_stages_are_not_reused_with_another_outcome_of_those_before(data, tmp_pa
     copy.write_text(data.read_text() + "\n")
     with pytest.raises(ValueError, match=r"Stage pairs .* \(content of data\)"):
         run_pipeline(SR2SEConfig(**settings(tmp_path, copy)), ["pairs"])
+
+
+def test_the_same_data_by_another_spelling_of_its_path_is_the_same(data, tmp_path, monkeypatch):
+    shutil.copytree(data.parent, tmp_path / "charts")
+    monkeypatch.chdir(tmp_path)
+    changes = {"sft_data": "charts/data.jsonl", "image_root": "charts"}
+    pretend(SR2SEConfig(**settings(tmp_path, "charts/data.jsonl", **changes)), ["sft", "pairs", "gate"])
+    for spelled in (tmp_path / "charts" / "data.jsonl", "./charts/../charts/data.jsonl"):
+        changes = {"sft_data": str(spelled), "image_root": str(Path(spelled).parent)}
+        same = SR2SEConfig(**settings(tmp_path, spelled, **changes))
+        assert len(run_pipeline(same, ["sft", "pairs", "gate"])["stages"]) == 3
+    (tmp_path / "elsewhere").mkdir()
+    moved = shutil.copy("charts/data.jsonl", "elsewhere")  # its image paths lead to other files
+    with pytest.raises(ValueError, match=r"Stage pairs .* \(data\)"):
+        run_pipeline(SR2SEConfig(**settings(tmp_path, moved, **changes)), ["pairs"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_steps": 2}, "max_steps"),
+        ({"gate_rows": 9}, "gate_rows"),
+        ({"seed": 1}, "refinement, gate_rows or seed"),
+        ({"generation": {"max_step_tokens": 9}}, "generation or prompts"),
+    ],
+)
+def test_pairs_that_were_stopped_name_the_recipes_settings_and_what_to_remove(
+    data, tmp_path, monkeypatch, changes, said
+):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PairMaker, "__call__", stop)
+    base = settings(tmp_path, data)
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(SR2SEConfig(**base), ["pairs"])
+    folder = tmp_path / "run" / "round-1" / "pairs"
+    other = SR2SEConfig(**{**base, **changes})
+    with pytest.raises(ValueError) as error:
+        run_pipeline(other, ["pairs"])
+    assert str(error.value) == (
+        f"Stage pairs of round 1 was begun with other settings ({said}). Go on with the same ones, or remove {folder} to "
+        "begin anew."
+    )
+    shutil.rmtree(folder)
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(other, ["pairs"])
 
 
 class StandInTrainer:
@@ -559,6 +606,82 @@ def test_help_needs_no_torch(capsys, monkeypatch):
 def test_an_unknown_name_in_a_section_is_said_before_the_first_stage(data, tmp_path, section, value):
     with pytest.raises(ValueError, match=section):
         SR2SEConfig(**settings(tmp_path, data, **{section: value}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "dpo.learning_rate=abc",
+            r"`dpo.learning_rate` is 'abc' \(str\); expected a number\. Correct it in the recipe",
+        ),
+        ("dpo.learning_rate=null", "`dpo.learning_rate` is null; expected a number"),
+        ("dpo.gradient_checkpointing=fals", "`dpo.gradient_checkpointing` is 'fals' .* expected true or false"),
+        ("sft.max_length=1k", "`sft.max_length` is '1k' .* expected a whole number or null"),
+        ("gate.epochs=2.5", "`gate.epochs` is 2.5 .* expected a whole number"),
+        ("gate.epochs=true", "`gate.epochs` is True .* expected a whole number"),
+        ("refinement.max_rows=all", "`refinement.max_rows` is 'all' .* expected a whole number or null"),
+        ("generation.batch_size=many", "`generation.batch_size` is 'many' .* expected a whole number"),
+        ("labeller.num_answers=five", "`labeller.num_answers` is 'five' .* expected a whole number"),
+        ("lora.r=big", "`lora.r` is 'big' .* expected a whole number"),
+        ("lora=true", "`lora` is True .* expected a section of names and values or null"),
+        ("dtype.x=1", "Got the change 'dtype.x=1', but 'dtype' is 'float32'; expected a section"),
+        ("gate=5", "`gate` is 5 .* expected a section of names and values"),
+        ("rounds=two", "`rounds` is 'two' .* expected a whole number"),
+        ("labels=fals", "`labels` is 'fals' .* expected true or false"),
+        ("output_dir=2026", "`output_dir` is 2026 .* expected text"),
+        ("dtype=bf16", "`dtype` is 'bf16'; expected one of bfloat16, float16, float32, auto"),
+    ],
+)
+def test_a_wrong_value_is_said_before_the_first_stage(data, tmp_path, capsys, change, message):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings(tmp_path, data)))
+    with pytest.raises(ValueError, match=message):
+        SR2SEConfig.from_file(tmp_path / "a.yaml", [change])
+    assert cli.main(["sr2se", "run", str(tmp_path / "a.yaml"), "--set", change]) == 1
+    assert "Traceback" not in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("targets", [["q_prj"], "q_prj"])
+def test_target_modules_that_match_nothing_are_said_before_the_first_stage(data, tmp_path, targets):
+    config = SR2SEConfig(**settings(tmp_path, data, lora={"target_modules": targets}))
+    with pytest.raises(
+        ValueError, match=r"'q_prj'.*, which matches no module of .*\. The linear layers .* o_proj, q_proj, "
+    ):
+        run_pipeline(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "absent"], r".*\.q_proj", "all-linear", "ALL-LINEAR"])
+def test_target_modules_that_match_are_let_through(data, tmp_path, targets):
+    config = SR2SEConfig(**settings(tmp_path, data, lora={"target_modules": targets}))
+    pretend(config)
+    assert len(run_pipeline(config)["stages"]) == 4
+
+
+def test_values_of_every_type_that_a_field_takes_are_read(data, tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings(tmp_path, data)))
+    changes = [
+        "gate.epochs=2e1",
+        "gate.dropout=0",
+        "dpo.warmup_steps=0.1",
+        "dpo.num_train_epochs=2",
+        "dpo.loss_type=sigmoid",
+        "dpo.max_length=null",
+        "dpo.run_name=5",
+        "dpo.gradient_checkpointing_kwargs={use_reentrant: false}",
+        "lora.lora_alpha=8.5",
+        "lora.target_modules=[q_proj]",
+        "refinement.max_rows=null",
+        "generation.max_pixels=null",
+        "dtype=auto",
+    ]
+    config = SR2SEConfig.from_file(tmp_path / "a.yaml", changes)
+    epochs = config.gate_config().epochs
+    assert epochs == 20 and isinstance(epochs, int)
+    assert config.dpo_config(tmp_path).loss_type == ["sigmoid"]
+    with pytest.raises(ValueError, match="`dtype` is 'auto'; expected one of bfloat16, float16, float32"):
+        SR2SEConfig.from_file(tmp_path / "a.yaml", [*changes, "load_in_4bit=true"])
+    assert SR2SEConfig(**settings(tmp_path, data, output_dir=tmp_path / "run")).rounds == 1
 
 
 def test_settings_that_cannot_work_are_refused(data, tmp_path):

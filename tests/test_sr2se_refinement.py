@@ -29,6 +29,7 @@ import pytest
 from charts import VAL_SEEDS, chart, labelled_questions
 from datasets import Dataset, Image
 from demo import load_model
+from tqdm.auto import tqdm
 
 from evolmm_trl import RolePrompts
 from evolmm_trl.sr2se import (
@@ -39,6 +40,7 @@ from evolmm_trl.sr2se import (
     SubPolicies,
     SubPolicyPrompts,
     build_pairs,
+    refinement,
 )
 from evolmm_trl.sr2se.generation import Completion, generate
 from evolmm_trl.sr2se.refinement import PairMaker, is_valid, rows_and_digest, states_answer
@@ -484,7 +486,10 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_pairs(policies, d
 def test_other_settings_than_those_begun_with_are_refused(policies, data, tmp_path, monkeypatch):
     output, config = tmp_path / "pairs.jsonl", RefinementConfig(max_rows=4)
     report = build_pairs(policies, data, output, config)
-    with pytest.raises(ValueError, match=r"other settings \(config\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"other settings \(config\).* remove .*/pairs\.jsonl\*, .*/pairs\.part-\* and the folder of rollouts",
+    ):
         build_pairs(policies, data, output, RefinementConfig(max_rows=5))
     with monkeypatch.context() as patch:
         patch.setattr(policies, "max_perception_tokens", 9)
@@ -505,6 +510,16 @@ def test_other_settings_than_those_begun_with_are_refused(policies, data, tmp_pa
         file.write("\n")
     with pytest.raises(ValueError, match=r"other settings \(source_content\)"):
         build_pairs(policies, data, output, config)
+
+
+def test_a_source_by_another_spelling_of_its_path_is_the_same(policies, data, tmp_path, monkeypatch):
+    output, config = tmp_path / "pairs.jsonl", RefinementConfig(max_rows=2)
+    report = build_pairs(policies, data, output, config, image_root=data.parent)
+    monkeypatch.chdir(tmp_path)
+    assert build_pairs(policies, "charts/data.jsonl", output, config, image_root="charts") == report
+    (tmp_path / "data.jsonl").symlink_to(data)  # image paths start from where the link is
+    with pytest.raises(ValueError, match=r"other settings \(source\)"):
+        build_pairs(policies, "data.jsonl", output, config, image_root="charts")
 
 
 def test_a_folder_or_dataset_that_has_changed_is_refused(policies, data, tmp_path):
@@ -558,6 +573,27 @@ def test_pairs_do_not_replace_the_rows_that_they_are_made_of(policies, data, tmp
         with pytest.raises(ValueError, match="the source itself"):
             build_pairs(policies, data, output, RefinementConfig(max_rows=1))
     assert data.read_bytes() == before
+
+
+@pytest.mark.parametrize(("looks", "name"), [(2, "pairs"), (0, "rollouts")])
+def test_the_bar_counts_rows_that_are_done(policies, data, tmp_path, monkeypatch, looks, name):
+    bars, seen = [], []
+
+    class Bar(tqdm):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            bars.append(self)
+
+    def make(self, rows, batch, roll_out=False):
+        seen.append(bars[0].n)
+        return [], Counter(rows=len(rows)), [], None
+
+    monkeypatch.setattr(refinement, "tqdm", Bar)
+    monkeypatch.setattr(PairMaker, "__call__", make)
+    config = RefinementConfig(max_rows=10, batch_size=4, max_refinements=looks)
+    build_pairs(policies, data, tmp_path / "pairs.jsonl", config)
+    assert seen == [0, 4, 8] and bars[0].n == 10
+    assert (bars[0].desc, bars[0].postfix) == (name, "pairs=0" if looks else None)
 
 
 def test_a_report_without_its_pairs_counts_for_nothing(policies, data, tmp_path):

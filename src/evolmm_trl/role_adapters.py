@@ -28,7 +28,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel, Trainer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Trainer,
+)
 from transformers.modeling_utils import set_zero3_state
 
 from .engines import whole_tensors
@@ -240,16 +247,49 @@ def vision_modules(
                 f"{model} is a {config.model_type} model without a vision tower: `EvoLMMTrainer` trains vision-language "
                 "models. Pass one, such as a Qwen2.5-VL or Qwen3-VL checkpoint."
             )
-        # The second says that DeepSpeed's ZeRO-3 has made its preparations, which it would make with weights that are not
-        # there
-        with torch.device("meta"), set_zero3_state():
-            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+        model = _without_weights(config, trust_remote_code)
     elif isinstance(model, PeftModel):
         model = model.get_base_model()
     tower, _ = vision_tower(model)
     parent, _, _ = tower.rpartition(".")
     beside = [name for name, _ in model.get_submodule(parent).named_children() if name == _PROJECTOR]
     return [tower, *(f"{parent}.{name}" if parent else name for name in beside)]
+
+
+def _without_weights(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    # The second says that DeepSpeed's ZeRO-3 has made its preparations, which it would make with weights that are not there
+    with torch.device("meta"), set_zero3_state():
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def check_target_modules(config: LoraConfig, model: str, trust_remote_code: bool = False) -> None:
+    """
+    Raises a `ValueError` if the `target_modules` match no module, as PEFT does once the weights are loaded.
+
+    Args:
+        config ([`~peft.LoraConfig`]):
+            The adapter's configuration.
+        model (`str`):
+            Id or path of the model, which is built without weights.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Of the model.
+    """
+    targets = config.target_modules
+    if targets is None or config.target_parameters or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        return
+    built = _without_weights(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code), trust_remote_code)
+    if not any(check_target_module_exists(config, name) for name, _ in built.named_modules()):
+        vision, head = vision_modules(built), built.get_output_embeddings()
+        linear = [
+            name
+            for name, module in built.named_modules()
+            if isinstance(module, nn.Linear) and module is not head and not _is_in(name, vision)
+        ]
+        given = targets if isinstance(targets, str) else sorted(targets)
+        raise ValueError(
+            f"`target_modules` is {given!r}, which matches no module of {model}. The linear layers of its language "
+            f"model are called {last_names(linear)}. Name some of them, or leave `target_modules` unset."
+        )
 
 
 def last_names(modules: Iterable[str]) -> str:

@@ -29,6 +29,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -45,6 +47,7 @@ from ..processing import load_processor, special_tokens
 from ..prompts import RolePrompts, user_message, without_marks
 from ..role_adapters import (
     check_adapted_modules,
+    check_target_modules,
     keep_adapters_precise,
     keep_gradients_on_cpu,
     vision_modules,
@@ -54,7 +57,15 @@ from ..role_adapters import (
 from ..solver import load_solver
 from .early_exit import EarlyExitReasoner, GateRollouts, GateTrainingConfig, train_gate
 from .generation import chat_texts, process_state
-from .refinement import AgreementLabeller, RefinementConfig, build_pairs, rows_and_digest, write_json
+from .refinement import (
+    AgreementLabeller,
+    OtherSettings,
+    RefinementConfig,
+    absolute,
+    build_pairs,
+    rows_and_digest,
+    write_json,
+)
 from .rows import BadRow, Row, paths_beside, read_rows, warn_of
 from .sr_dpo import SRDPOConfig, SRDPOTrainer, decoding_images, holds_special_token, load_preferences
 from .sub_policies import SubPolicies, SubPolicyPrompts
@@ -63,6 +74,8 @@ from .sub_policies import SubPolicies, SubPolicyPrompts
 logger = logging.getLogger(__name__)
 
 STAGES = ("sft", "pairs", "gate", "dpo", "final_gate")
+
+_DTYPES = ("bfloat16", "float16", "float32", "auto")
 
 
 @dataclass
@@ -73,7 +86,7 @@ class SR2SEConfig:
     Args:
         model (`str`):
             Id or path of the base model.
-        output_dir (`str`):
+        output_dir (`str` or `Path`):
             Where everything is written.
         data (`str`):
             JSONL with `image`, `question` and `answer`; without labels also a folder of images.
@@ -88,7 +101,7 @@ class SR2SEConfig:
             Folder that image paths in `data` and `sft_data` start from and may not leave. Without it they start from the
             file's folder and may lead into it or the working directory.
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
-            Of the base model. Training uses bf16 where it is `"bfloat16"`. Weights that are trained themselves are in
+            Of the base model: `"bfloat16"`, `"float16"`, `"float32"`, or `"auto"`, as it is stored. Training uses bf16 where it is `"bfloat16"`. Weights that are trained themselves are in
             float32 from then on, since less would lose small steps: in training, on the disk and in use.
         attn_implementation (`str`, *optional*):
             As in `from_pretrained`.
@@ -118,7 +131,7 @@ class SR2SEConfig:
     """
 
     model: str
-    output_dir: str
+    output_dir: str | Path
     data: str
     labels: bool = True
     rounds: int = 1
@@ -141,6 +154,11 @@ class SR2SEConfig:
     seed: int = 42
 
     def __post_init__(self):
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        _check_types(values, get_type_hints(SR2SEConfig), {*_NUMBERS, str, dict, Path})
+        if self.dtype not in _DTYPES or (self.dtype == "auto" and self.load_in_4bit):
+            expected = _DTYPES[:-1] if self.load_in_4bit else _DTYPES
+            raise ValueError(f"`dtype` is {self.dtype!r}; expected one of {', '.join(expected)}.")
         if self.rounds < 1:
             raise ValueError(f"`rounds` is {self.rounds}; expected at least 1.")
         if self.load_in_4bit and self.lora is None:
@@ -149,18 +167,21 @@ class SR2SEConfig:
             path = getattr(self, name)
             if path is not None and not Path(path).exists():
                 raise FileNotFoundError(f"`{name}` is {path!r}, but there is no such file or folder.")
-        # Everything is built once now, so that a wrong name is said before the first stage and not after hours
+        # Everything is built once now, so that a wrong name or value is said before the first stage and not after hours
         self.sub_policy_prompts()
         RolePrompts.from_dict(self.role_prompts)
-        for section, make in (
-            ("refinement", self.refinement_config),
-            ("gate", self.gate_config),
-            ("lora", self.lora_config),
-            ("sft", lambda: self.sft_config(Path(self.output_dir))),
-            ("dpo", lambda: self.dpo_config(Path(self.output_dir))),
-            ("generation", lambda: SubPolicies(None, None, **self.generation)),
-            ("labeller", lambda: AgreementLabeller(None, **self.labeller)),
+        for section, annotated, make in (
+            ("refinement", RefinementConfig, self.refinement_config),
+            ("gate", GateTrainingConfig, self.gate_config),
+            ("lora", LoraConfig, self.lora_config),
+            ("sft", SFTConfig, lambda: self.sft_config(Path(self.output_dir))),
+            ("dpo", SRDPOConfig, lambda: self.dpo_config(Path(self.output_dir))),
+            ("generation", SubPolicies.__init__, lambda: SubPolicies(None, None, **self.generation)),
+            ("labeller", AgreementLabeller.__init__, lambda: AgreementLabeller(None, **self.labeller)),
         ):
+            # PEFT calls `lora_alpha` an int and takes any number
+            types = {**get_type_hints(annotated), "lora_alpha": float}
+            _check_types(getattr(self, section) or {}, types, _NUMBERS, f"{section}.")
             try:
                 make()
             except TypeError as error:
@@ -193,6 +214,8 @@ class SR2SEConfig:
                 if section.get(part) is None:
                     section[part] = {}
                 section = section[part]
+                if not isinstance(section, dict):
+                    raise ValueError(f"Got the change {change!r}, but {part!r} is {section!r}; expected a section.")
             section[name] = _floats(yaml.safe_load(value))
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
@@ -258,6 +281,40 @@ class SR2SEConfig:
         }
 
 
+_NUMBERS = {bool, int, float, NoneType}
+_IN_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a section of names and values",
+    NoneType: "null",
+}
+
+
+def _check_types(values: dict, annotated: dict[str, Any], checked: set[type], section: str = "") -> None:
+    """
+    Raises a `ValueError` for a value of another type than its field is annotated with. Fields that also take types that
+    are not in `checked` are left to the class that has them.
+    """
+    for name, value in values.items():
+        hint = annotated.get(name, Any)
+        types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if not checked.issuperset(types):
+            continue
+        if isinstance(value, bool):
+            fits = bool in types
+        else:
+            fits = isinstance(value, types) or (float in types and isinstance(value, int))
+        if not fits:
+            expected = " or ".join(_IN_WORDS[type_] for type_ in types if type_ in _IN_WORDS)
+            given = "null" if value is None else f"{value!r} ({type(value).__name__})"
+            raise ValueError(
+                f"`{section}{name}` is {given}; expected {expected}. Correct it in the recipe or with "
+                f"--set {section}{name}=..."
+            )
+
+
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -267,7 +324,10 @@ def _floats(value):
         return {name: _floats(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_floats(item) for item in value]
-    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+    if not isinstance(value, str) or not _EXPONENT.fullmatch(value):
+        return value
+    number = float(value)
+    return int(number) if number.is_integer() else number  # 2e1 epochs are 20
 
 
 # Names in the authors' default_config.json and ours, by section; a dot leads into a section of ours.
@@ -410,11 +470,27 @@ def run_pipeline(config: SR2SEConfig, stages: Sequence[str] | None = None) -> di
     if "sft" in stages and stages is not STAGES and config.sft_data is None:
         raise ValueError("The stage sft needs `sft_data`: JSONL with `image`, `question` and `answer`.")
     run = _Run(config)
+    if config.lora and "target_modules" in config.lora:
+        trusted = config.dpo_config(run.folder).trust_remote_code
+        check_target_modules(config.lora_config(), config.model, trusted)
     for number in range(1, config.rounds + 1):
         for stage in STAGES:
             if stage in stages and (stage != "sft" or (number == 1 and config.sft_data is not None)):
                 run.do(stage, number)
     return run.summary()
+
+
+# Where the recipe has what `build_pairs` compares
+_IN_RECIPE = {
+    "config": "refinement, gate_rows or seed",
+    "policies": "generation or prompts",
+    "weights": "model, dtype or the stages before",
+    "labeller": "labels, labeller or role_prompts",
+    "rollout_rows": "gate_rows",
+    "rollout_steps": "max_steps",
+    "source": "data",
+    "source_content": "content of data",
+}
 
 
 class _Run:
@@ -528,6 +604,9 @@ class _Run:
         if not config.labels and stage in ("pairs", "final_gate"):
             names += ("labeller", "role_prompts")
         settings = {name: getattr(config, name) for name in (*names, "dtype", "seed")}
+        for name in ("data", "sft_data", "image_root"):
+            if settings.get(name) is not None:
+                settings[name] = absolute(settings[name])
         # Training reads images alone, and how many prompts fit into memory is no matter of the outcome
         without = {"batch_size"} if "data" in names else set(config.generation) - {"max_pixels"}
         settings["generation"] = {name: value for name, value in config.generation.items() if name not in without}
@@ -659,17 +738,24 @@ class _Run:
             labeller = AgreementLabeller(
                 policies, RolePrompts.from_dict(self.config.role_prompts), **self.config.labeller
             )
-        report = build_pairs(
-            policies,
-            self.config.data,
-            folder / "pairs.jsonl",
-            config,
-            labeller=labeller,
-            reasoner=EarlyExitReasoner(policies, max_steps=self.config.max_steps),
-            rollout_folder=folder / "rollouts",
-            rollout_rows=self.config.gate_rows,
-            image_root=self.config.image_root,
-        )
+        try:
+            report = build_pairs(
+                policies,
+                self.config.data,
+                folder / "pairs.jsonl",
+                config,
+                labeller=labeller,
+                reasoner=EarlyExitReasoner(policies, max_steps=self.config.max_steps),
+                rollout_folder=folder / "rollouts",
+                rollout_rows=self.config.gate_rows,
+                image_root=self.config.image_root,
+            )
+        except OtherSettings as error:
+            changed = ", ".join(_IN_RECIPE.get(name, name) for name in error.changed)
+            raise ValueError(
+                f"Stage {folder.name} of {folder.parent.name.replace('-', ' ')} was begun with other settings ({changed}). "
+                f"Go on with the same ones, or remove {folder} to begin anew."
+            ) from error
         return {name: value for name, value in report.items() if name != "settings"}
 
     def _fit_gate(self, rollouts: Path, folder: Path, model: str) -> dict | None:

@@ -541,7 +541,8 @@ def build_pairs(
     Started under `torchrun` or `accelerate launch`, the processes share the work; the pairs are the same for any number
     of them. A run that was stopped goes on where it was: the same call does not repeat finished batches, and returns at
     once if all is done. With other settings, other weights or another source it is an error: a file is known by its
-    content, a folder by the names and sizes of its images, a dataset by its fingerprint. A stream is not known.
+    place and content, a folder by its place and the names and sizes of its images, a dataset by its fingerprint. A stream
+    is not known.
 
     Args:
         policies ([`SubPolicies`]):
@@ -585,13 +586,13 @@ def build_pairs(
         "labeller": labeller.settings() if labeller else None,
         "rollout_rows": rollout_rows if reasoner else 0,
         "rollout_steps": reasoner.max_steps if reasoner else 0,
-        "source": str(source) if isinstance(source, (str, Path)) else "dataset",
+        "source": absolute(source) if isinstance(source, (str, Path)) else "dataset",
         "source_content": content,
-        "image_root": None if image_root is None else str(image_root),
+        "image_root": None if image_root is None else absolute(image_root),
     }
     if report_file.is_file() and output.is_file():
         report = json.loads(report_file.read_text())
-        _check_settings(report["settings"], settings, report_file)
+        _check_settings(report["settings"], settings, report_file, output)
         return report
     output.parent.mkdir(parents=True, exist_ok=True)
     _check_parts(output, state.num_processes, rollout_folder)
@@ -604,12 +605,12 @@ def build_pairs(
     maker = PairMaker(policies, config, labeller, reasoner)
     part = _Part(output, state.process_index, state.num_processes, settings)
     total = min((n for n in (rows_in_all, config.max_rows) if n is not None), default=None)
-    bar = tqdm(desc="pairs", unit="row", total=total, disable=not state.is_main_process)
+    name = "pairs" if config.max_refinements else "rollouts"
+    bar = tqdm(desc=name, unit="row", total=total, disable=not state.is_main_process)
     with part.open():
         for batch, group in _batches(rows, config.batch_size):
-            size = len(group)
-            bar.update(size)
             if batch % state.num_processes != state.process_index or batch < part.next_batch:
+                bar.update(len(group))
                 continue
             roll_out = reasoner is not None and batch * config.batch_size < rollout_rows
             pairs, counts, skipped, rollouts = maker(group, batch, roll_out)
@@ -617,13 +618,21 @@ def build_pairs(
                 Path(rollout_folder).mkdir(parents=True, exist_ok=True)
                 rollouts.save(Path(rollout_folder) / f"{batch:08d}.safetensors")
             part.finish(batch, pairs, counts, skipped)
-            bar.set_postfix(pairs=part.counts["pairs"], refresh=False)
+            if config.max_refinements:
+                bar.set_postfix(pairs=part.counts["pairs"], refresh=False)
+            bar.update(len(group))
     bar.close()
     state.wait_for_everyone()
     if state.is_main_process:
         _merge(output, report_file, state.num_processes, settings)
     state.wait_for_everyone()
     return json.loads(report_file.read_text())
+
+
+def absolute(path: str | Path) -> str:
+    """One spelling for each place. A link to a file is another place: the file's images start from where the link is."""
+    path = Path(path)
+    return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)
 
 
 def rows_and_digest(source: "str | Path | Dataset | IterableDataset") -> tuple[int | None, str | None]:
@@ -671,6 +680,17 @@ def _batches(rows: Iterator[Row | BadRow], size: int) -> Iterator[tuple[int, lis
         yield number, group
 
 
+class OtherSettings(ValueError):
+    """Pairs were begun with other settings: those named in `changed`."""
+
+    def __init__(self, file: Path, output: Path, changed: list[str]):
+        super().__init__(
+            f"{file} was made with other settings ({', '.join(changed)}). Use the same ones to go on, or choose another "
+            f"output, or remove {output}*, {output.with_name(output.stem)}.part-* and the folder of rollouts, if there is one."
+        )
+        self.changed = changed
+
+
 class _Part:
     """One process's pairs so far. The state names how much of the file is valid, and is replaced as a whole."""
 
@@ -681,7 +701,7 @@ class _Part:
         self.next_batch, self.bytes, self.counts, self.skipped = 0, 0, Counter(), []
         if self.state_file.is_file():
             state = json.loads(self.state_file.read_text())
-            _check_settings(state["settings"], settings, self.state_file)
+            _check_settings(state["settings"], settings, self.state_file, output)
             self.next_batch, self.bytes = state["next_batch"], state["bytes"]
             self.counts, self.skipped = Counter(state["counts"]), state["skipped"]
 
@@ -728,13 +748,10 @@ def _check_parts(output: Path, processes: int, rollout_folder: str | Path | None
         )
 
 
-def _check_settings(before: dict, now: dict, file: Path) -> None:
+def _check_settings(before: dict, now: dict, file: Path, output: Path) -> None:
     changed = [name for name in now if before.get(name) != json.loads(json.dumps(now[name]))]
     if changed:
-        raise ValueError(
-            f"{file} was made with other settings ({', '.join(changed)}). Use the same ones to go on, or remove it and "
-            "its pairs, or choose another output."
-        )
+        raise OtherSettings(file, output, changed)
 
 
 def _merge(output: Path, report_file: Path, processes: int, settings: dict) -> None:
