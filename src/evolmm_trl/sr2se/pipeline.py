@@ -101,8 +101,9 @@ class SR2SEConfig:
             Folder that image paths in `data` and `sft_data` start from and may not leave. Without it they start from the
             file's folder and may lead into it or the working directory.
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
-            Of the base model: `"bfloat16"`, `"float16"`, `"float32"`, or `"auto"`, as it is stored. Training uses bf16 where it is `"bfloat16"`. Weights that are trained themselves are in
-            float32 from then on, since less would lose small steps: in training, on the disk and in use.
+            Of the base model: `"bfloat16"`, `"float16"`, `"float32"`, or `"auto"`, as it is stored. Training uses bf16 where
+            it is `"bfloat16"`. Weights that are trained themselves are in float32 from then on, since less would lose small
+            steps: in training, on the disk and in use.
         attn_implementation (`str`, *optional*):
             As in `from_pretrained`.
         lora (`dict`, *optional*):
