@@ -23,6 +23,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.error import NoMatchingPeftModuleError
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText
 from transformers.utils import cached_file
 
@@ -125,10 +127,25 @@ def _with_adapter(model, folder: Path, base: str) -> PeftModel:
             # Of tensors that it misses PEFT only warns, and the adapter has no effect
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(model, str(folder))
-    except UserWarning as error:
+    except (UserWarning, NoMatchingPeftModuleError) as error:
+        raise _misfit(folder, base, str(error)) from error
+    except RuntimeError as error:
+        mismatches = [line for line in str(error).splitlines() if "size mismatch" in line]
+        if not mismatches:
+            raise
+        raise _misfit(folder, base, mismatches[0].strip()) from error
+    except (ValueError, TypeError, SafetensorError) as error:
         raise ValueError(
-            f"The adapter in {folder} does not fit {base}: {error} Use the base model that it was trained on."
+            f"The adapter in {folder} cannot be loaded: {visible(str(error).rstrip('.'))}. If it is damaged, download it "
+            "again, or have it saved again."
         ) from error
+
+
+def _misfit(folder: Path, base: str, reason: str) -> ValueError:
+    return ValueError(
+        f"The adapter in {folder} does not fit {base}: {visible(reason.rstrip('.'))}. Use the base model that it was "
+        "trained on."
+    )
 
 
 def merge_solver(base: str, adapter: str, output_dir: str, **kwargs) -> None:
