@@ -180,6 +180,21 @@ def test_a_folder_without_an_adapter_is_refused(base, tmp_path):
         load_solver(base, str(tmp_path))
 
 
+def test_a_base_model_that_is_nowhere_is_named(monkeypatch):
+    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
+    with pytest.raises(
+        OSError, match=r"The model 'nosuch' is no folder here \(.*could not be read from the Hub: We could"
+    ):
+        load_solver("nosuch")
+
+
+def test_a_base_model_that_is_a_folder_is_not_said_to_be_none(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    with pytest.raises(OSError, match="no file named model.safetensors.*found in directory") as caught:
+        load_solver(str(tmp_path))
+    assert "is no folder" not in str(caught.value)
+
+
 def test_a_config_that_makes_peft_import_a_module_is_refused(base, adapter, tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
