@@ -21,14 +21,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import (
+    _CACHED_NO_EXIST,
+    hf_hub_download,
+    is_offline_mode,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    HFValidationError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText
-from transformers.utils import cached_file
 
 from .commands import visible
 from .processing import HUB_KWARGS, load_processor
@@ -117,19 +128,14 @@ def load_prompts(trained: str, **kwargs) -> RolePrompts | None:
             About the Hub: `token`, `cache_dir`, `local_files_only`.
 
     Returns:
-        [`RolePrompts`] or `None`: `None` if what was trained does not say, as in the authors' layout.
+        [`RolePrompts`] or `None`: `None` if what was trained does not say, as in the authors' layout. Offline it is also
+        `None`, with a warning, if the cache does not tell.
 
     Raises:
-        `ValueError`: if the file holds something else.
+        `ValueError`: if the file holds something else, or there is no such folder or repository.
+        `OSError`: if the Hub cannot be asked, or offline if the file is known to be there and is not in the cache.
     """
-    path = cached_file(
-        str(trained),
-        PROMPTS_NAME,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **kwargs,
-    )
+    path = _prompts_file(str(trained), **kwargs)
     if path is None:
         return None
     try:
@@ -137,6 +143,39 @@ def load_prompts(trained: str, **kwargs) -> RolePrompts | None:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}. Delete it, or pass the prompts yourself.") from error
     return RolePrompts.from_dict(prompts)
+
+
+def _prompts_file(trained: str, **kwargs) -> Path | None:
+    """The file with the prompts, or `None` if there is none."""
+    if Path(trained).is_dir():
+        path = Path(trained) / PROMPTS_NAME
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(trained, PROMPTS_NAME, **kwargs))
+    except RemoteEntryNotFoundError:
+        return None
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise _unreadable(trained) from error
+    except LocalEntryNotFoundError as error:
+        cache_dir = kwargs.get("cache_dir")
+        if try_to_load_from_cache(trained, PROMPTS_NAME, cache_dir=cache_dir) is _CACHED_NO_EXIST:
+            return None
+        try:
+            snapshot_download(trained, allow_patterns=[PROMPTS_NAME], cache_dir=cache_dir, local_files_only=True)
+        except IncompleteSnapshotError:
+            raise OSError(
+                f"{trained} has {PROMPTS_NAME}, which is not in the cache: {error} Try again with the Hub in reach, or pass "
+                "the prompts yourself."
+            ) from error
+        except LocalEntryNotFoundError:
+            raise _unreadable(trained) from error
+        if not (is_offline_mode() or kwargs.get("local_files_only")):
+            raise OSError(
+                f"Whether {trained} has {PROMPTS_NAME} is not known: {error} Try again with the Hub in reach, pass the "
+                "prompts yourself, or set HF_HUB_OFFLINE=1 to do with what is in the cache."
+            ) from error
+        logger.warning("Whether %s has %s is not known: it is not in the cache.", trained, PROMPTS_NAME)
+        return None
 
 
 def _with_adapter(model, folder: Path, base: str) -> PeftModel:
@@ -229,10 +268,7 @@ def _role_folder(adapter: str, role: str, **kwargs) -> Path:
         try:
             root = Path(snapshot_download(adapter, allow_patterns=wanted, **kwargs))
         except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-            raise ValueError(
-                f"{adapter} is neither a folder nor a repository on the Hub that can be read. For a private repository, "
-                "pass `token` or log in with `hf auth login`."
-            ) from error
+            raise _unreadable(adapter) from error
     found = (root / place for place in places if (root / place / _ADAPTER_FILES[0]).is_file())
     folder = next(found, root / places[0])
     missing = [name for name in _ADAPTER_FILES if not (folder / name).is_file()]
@@ -243,6 +279,13 @@ def _role_folder(adapter: str, role: str, **kwargs) -> Path:
             "pickle, which can run code when it is loaded, and are never loaded: have them saved as safetensors."
         )
     return folder
+
+
+def _unreadable(trained: str) -> ValueError:
+    return ValueError(
+        f"{trained} is neither a folder nor a repository on the Hub that can be read. For a private repository, pass "
+        "`token` or log in with `hf auth login`."
+    )
 
 
 def _place_name(place: str) -> str:
