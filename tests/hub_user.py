@@ -111,6 +111,8 @@ def pull(folder: Path) -> dict:
     saved = load_prompts(whole)
     seen["prompts"] = saved is not None and load_prompts("alice/last", token=TOKEN) == saved
     seen["prompts_of_authors"] = load_prompts("lab/authors", token=TOKEN)
+    seen["prompts_of_nobody"] = error_of(load_prompts, "runs/of-nobody")
+    seen["base_of_nobody"] = error_of(load_solver, "runs/of-nobody")
     seen["processor"] = type(processor).__name__
 
     merge_solver("alice/base", "alice/whole", str(folder / "merged"), token=TOKEN)
@@ -127,6 +129,14 @@ def pull(folder: Path) -> dict:
     seen["other_base"] = error_of(load_solver, base, "evil/other-base")
     seen["code_of_model"] = error_of(load_solver, "evil/code", whole)
     seen["code_of_processor"] = error_of(load_processor, "evil/code")
+    cut_off = {"endpoint": "http://127.0.0.1:9"}
+    for name, options in {"offline": {"local_files_only": True}, "cut_off": cut_off}.items():
+        # Known to lack the file; known to have it, which was not downloaded; loaded from a listing alone; never seen
+        for adapter in ("lab/authors", "alice/whole", "evil/other-base", "runs/of-nobody"):
+            cache = {"cache_dir": folder / "cache"} if adapter == "alice/whole" else {}
+            if cache:
+                load_solver(base, adapter, **cache)
+            seen[f"prompts_{name}_{adapter}"] = error_of(load_prompts, adapter, **cache, **options)
     seen["paths"] = error_of(load_solver, base, "evil/paths")
     seen["paths_of_all"] = error_of(snapshot_download, "evil/paths", local_dir=folder / "deep" / "er" / "evil")
     return seen

@@ -279,14 +279,20 @@ def test_the_adapter_answers(folder, capsys, tmp_path):
     (tmp_path / "evolmm_prompts.json").write_text((DEMO / "prompts.json").read_text())
     assert cli.main([*alone, "--max_new_tokens", "32"]) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out)["completions"] == adapted and "does not say" not in err
+    assert json.loads(out)["completions"] == adapted and "is not known" not in err
     (tmp_path / "evolmm_prompts.json").unlink()
     assert cli.main([*alone, "--max_new_tokens", "32"]) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out)["completions"] != adapted and "does not say with which prompts it was trained" in err
+    assert (
+        json.loads(out)["completions"] != adapted
+        and "was trained is not known: it is asked with the default ones" in err
+    )
     (tmp_path / "evolmm_prompts.json").write_text("{")
     assert cli.main([*alone]) == 1
     assert "is not JSON" in capsys.readouterr().err
 
-    assert evolmm_ask("--adapter", tmp_path / "nothing", "--image", image, "blue") == 1
-    assert "neither a folder nor a repository on the Hub" in capsys.readouterr().err
+    assert (
+        cli.main(["ask", "--model", MODEL, "--adapter", str(tmp_path / "nothing"), "--image", str(image), "blue"]) == 1
+    )
+    err = capsys.readouterr().err
+    assert "neither a folder nor a repository on the Hub" in err and "default" not in err

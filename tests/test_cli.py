@@ -297,6 +297,15 @@ def test_the_traceback_of_what_cannot_be_repeated_cheaply_is_shown(steps, shown,
     assert ("Traceback" in error) is shown
 
 
+@pytest.mark.parametrize("name", ["noev", "./no/ev"])
+def test_an_eval_dataset_that_is_nowhere_is_named_with_its_option(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    images = str(ROOT / "docs" / "benchmarks")
+    options = ["--model_name_or_path", "m", "--output_dir", str(tmp_path), "--use_cpu", "--max_steps", "1"]
+    assert run("train", "--image_dir", images, "--eval_dataset", name, *options) == 1
+    assert f"`eval_dataset` is {name!r}: there is no such folder or file here (the w" in capsys.readouterr().err
+
+
 # evolmm demo
 
 

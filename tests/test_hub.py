@@ -205,7 +205,29 @@ def test_the_prompts_come_with_what_was_trained(pulled):
     assert pulled["prompts_of_authors"] is None
 
 
-@pytest.mark.parametrize("name", ["private_without_token", "private_with_another_token", "nowhere"])
+@pytest.mark.parametrize("way", ["offline", "cut_off"])
+def test_without_the_hub_only_prompts_that_are_known_to_be_missing_are_missing(pulled, way):
+    seen = {
+        adapter: pulled[f"prompts_{way}_{adapter}"] for adapter in ("lab/authors", "alice/whole", "evil/other-base")
+    }
+    assert seen["lab/authors"] is None
+    assert "OSError: alice/whole has evolmm_prompts.json, which is not in the cache" in seen["alice/whole"]
+    unknown = "Whether evil/other-base has evolmm_prompts.json is not known: "
+    if way == "offline":
+        assert seen["evil/other-base"] is None and f"{unknown}it is not in the cache" in pulled["stderr"]
+    else:
+        assert f"OSError: {unknown}" in seen["evil/other-base"] and "HF_HUB_OFFLINE=1" in seen["evil/other-base"]
+    assert "is neither a folder nor a repository" in pulled[f"prompts_{way}_runs/of-nobody"]
+
+
+def test_a_base_model_that_cannot_be_read_is_named(pulled):
+    assert pulled["base_of_nobody"].startswith("OSError: The model 'runs/of-nobody' is no folder here (the working")
+    assert "could not be read from the Hub: runs/of-nobody is not a local folder" in pulled["base_of_nobody"]
+
+
+@pytest.mark.parametrize(
+    "name", ["private_without_token", "private_with_another_token", "nowhere", "prompts_of_nobody"]
+)
 def test_what_cannot_be_read_is_said(pulled, name):
     assert "is neither a folder nor a repository on the Hub that can be read" in pulled[name]
 

@@ -36,7 +36,13 @@ from packaging.requirements import Requirement
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import tiny_qwen2_5_vl, tiny_tokenizer
 from tiny_trainer import TalkingTrainer, Watch, as_speech, config, image_dataset, logged, lora, noise_images, snapshot
-from transformers import AutoModelForImageTextToText, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from transformers import (
+    AutoModelForImageTextToText,
+    ProgressCallback,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from evolmm_trl import EvoLMMConfig, EvoLMMTrainer, load_solver
@@ -982,6 +988,27 @@ def test_evaluation_scores_labelled_questions_and_warns_when_the_vote_is_not_ahe
     assert len(warnings) == (0 if ahead else 1)
     if warnings:
         assert "On 4 labelled questions the majority of 3 answers is -75.0 points" in warnings[0]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_evaluation_shows_how_far_it_is(base, streamed, tmp_path, capsys):
+    questions = labelled(["1"] * 7)
+    if streamed:
+        questions = questions.to_iterable_dataset()
+    for quiet in (False, True):
+        trainer = make(
+            base,
+            tmp_path,
+            RehearsedTrainer,
+            disable_tqdm=quiet,
+            per_device_eval_batch_size=3,
+            trainer_options={"eval_dataset": questions},
+        )
+        capsys.readouterr()
+        trainer.evaluate()
+        assert ("| 3/3 [" in capsys.readouterr().err) == (not streamed and not quiet)  # a stream's length is not known
+        bars = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressCallback)]
+        assert len(bars) == (not quiet) and all(callback.prediction_bar is None for callback in bars)
 
 
 def test_evaluation_starts_before_training_and_keeps_its_metrics_apart_from_training_s(base, tmp_path, caplog):

@@ -180,6 +180,21 @@ def test_a_folder_without_an_adapter_is_refused(base, tmp_path):
         load_solver(base, str(tmp_path))
 
 
+def test_a_base_model_that_is_nowhere_is_named(monkeypatch):
+    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
+    with pytest.raises(
+        OSError, match=r"The model 'nosuch' is no folder here \(.*could not be read from the Hub: We could"
+    ):
+        load_solver("nosuch")
+
+
+def test_a_base_model_that_is_a_folder_is_not_said_to_be_none(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    with pytest.raises(OSError, match="no file named model.safetensors.*found in directory") as caught:
+        load_solver(str(tmp_path))
+    assert "is no folder" not in str(caught.value)
+
+
 def test_a_config_that_makes_peft_import_a_module_is_refused(base, adapter, tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -200,6 +215,47 @@ def test_an_adapter_with_tensors_of_other_names_is_refused_rather_than_without_e
     save_file({name.replace("language_model.", ""): tensor for name, tensor in tensors.items()}, adapter / WEIGHTS)
     with pytest.raises(ValueError, match="does not fit.*Found missing adapter keys.*Use the base model"):
         load_solver(base, str(adapter))
+
+
+def test_an_adapter_of_another_size_is_refused_in_one_line(base, adapter):
+    change_config(adapter, r=16)
+    with pytest.raises(ValueError, match="does not fit.*size mismatch for .*Use the base model") as caught:
+        load_solver(base, str(adapter))
+    message = str(caught.value)
+    assert message.count("size mismatch") == 1 and "\n" not in message and "\t" not in message
+    assert str(adapter) in message and base in message
+
+
+def test_an_adapter_of_layers_that_the_base_lacks_is_refused(base, adapter):
+    change_config(adapter, target_modules=["query_key_value"])
+    with pytest.raises(ValueError, match="does not fit.*No modules were targeted.*Use the base model"):
+        load_solver(base, str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"r": -1}, "should be a positive integer"),
+        ({"r": "a"}, "not supported between"),
+        ({"init_lora_weights": "\x1b[31m"}, r"init_lora_weights='\\x1b\[31m'"),
+        ({"target_modules": ["layers"]}, r"Target module ModuleList\("),
+    ],
+)
+def test_a_config_that_peft_cannot_use_is_refused_in_one_line(base, adapter, values, reason):
+    change_config(adapter, **values)
+    with pytest.raises(ValueError, match=f"cannot be loaded: .*{reason}.*have it saved again") as caught:
+        load_solver(base, str(adapter))
+    message = str(caught.value)
+    assert str(adapter) in message and message.isprintable() and len(message) < 2000
+
+
+def test_weights_that_were_cut_off_are_refused_with_their_name(base, adapter):
+    (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:100])
+    with pytest.raises(
+        ValueError, match="cannot be loaded: .*invalid header length. If it is damaged, download it again"
+    ) as caught:
+        load_solver(base, str(adapter))
+    assert str(adapter) in str(caught.value)
 
 
 def test_another_base_model_than_the_adapter_was_trained_on_is_warned_of(base, trained, adapter, caplog):

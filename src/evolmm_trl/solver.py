@@ -17,14 +17,29 @@
 import json
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import (
+    _CACHED_NO_EXIST,
+    hf_hub_download,
+    is_offline_mode,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    HFValidationError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.error import NoMatchingPeftModuleError
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText
-from transformers.utils import cached_file
 
 from .commands import visible
 from .processing import HUB_KWARGS, load_processor
@@ -79,11 +94,27 @@ def load_role(base: str, adapter: str | None, role: str, **kwargs):
             logger.warning("%s was trained on %s and is loaded on %s.", adapter, visible(trained_on), base)
 
     kwargs = {"trust_remote_code": False, **kwargs}  # unset, transformers asks at the terminal
-    model = AutoModelForImageTextToText.from_pretrained(base, **kwargs)
+    with _naming(base):
+        model = AutoModelForImageTextToText.from_pretrained(base, **kwargs)
     if folder is not None:
         model = _with_adapter(model, folder, base)
-    processor = load_processor(base, **{name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
+    with _naming(base):
+        processor = load_processor(base, **{name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
     return model.eval(), processor
+
+
+@contextmanager
+def _naming(base: str) -> Iterator[None]:
+    """Names the base model in errors of the Hub, which may leave it out."""
+    try:
+        yield
+    except OSError as error:
+        if Path(base).is_dir():
+            raise
+        raise OSError(
+            f"The model {base!r} is no folder here (the working directory is {str(Path.cwd())!r}), and could not be read "
+            f"from the Hub: {error}"
+        ) from error
 
 
 def load_prompts(trained: str, **kwargs) -> RolePrompts | None:
@@ -97,19 +128,14 @@ def load_prompts(trained: str, **kwargs) -> RolePrompts | None:
             About the Hub: `token`, `cache_dir`, `local_files_only`.
 
     Returns:
-        [`RolePrompts`] or `None`: `None` if what was trained does not say, as in the authors' layout.
+        [`RolePrompts`] or `None`: `None` if what was trained does not say, as in the authors' layout. Offline it is also
+        `None`, with a warning, if the cache does not tell.
 
     Raises:
-        `ValueError`: if the file holds something else.
+        `ValueError`: if the file holds something else, or there is no such folder or repository.
+        `OSError`: if the Hub cannot be asked, or offline if the file is known to be there and is not in the cache.
     """
-    path = cached_file(
-        str(trained),
-        PROMPTS_NAME,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **kwargs,
-    )
+    path = _prompts_file(str(trained), **kwargs)
     if path is None:
         return None
     try:
@@ -119,16 +145,64 @@ def load_prompts(trained: str, **kwargs) -> RolePrompts | None:
     return RolePrompts.from_dict(prompts)
 
 
+def _prompts_file(trained: str, **kwargs) -> Path | None:
+    """The file with the prompts, or `None` if there is none."""
+    if Path(trained).is_dir():
+        path = Path(trained) / PROMPTS_NAME
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(trained, PROMPTS_NAME, **kwargs))
+    except RemoteEntryNotFoundError:
+        return None
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise _unreadable(trained) from error
+    except LocalEntryNotFoundError as error:
+        cache_dir = kwargs.get("cache_dir")
+        if try_to_load_from_cache(trained, PROMPTS_NAME, cache_dir=cache_dir) is _CACHED_NO_EXIST:
+            return None
+        try:
+            snapshot_download(trained, allow_patterns=[PROMPTS_NAME], cache_dir=cache_dir, local_files_only=True)
+        except IncompleteSnapshotError:
+            raise OSError(
+                f"{trained} has {PROMPTS_NAME}, which is not in the cache: {error} Try again with the Hub in reach, or pass "
+                "the prompts yourself."
+            ) from error
+        except LocalEntryNotFoundError:
+            raise _unreadable(trained) from error
+        if not (is_offline_mode() or kwargs.get("local_files_only")):
+            raise OSError(
+                f"Whether {trained} has {PROMPTS_NAME} is not known: {error} Try again with the Hub in reach, pass the "
+                "prompts yourself, or set HF_HUB_OFFLINE=1 to do with what is in the cache."
+            ) from error
+        logger.warning("Whether %s has %s is not known: it is not in the cache.", trained, PROMPTS_NAME)
+        return None
+
+
 def _with_adapter(model, folder: Path, base: str) -> PeftModel:
     try:
         with warnings.catch_warnings():
             # Of tensors that it misses PEFT only warns, and the adapter has no effect
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(model, str(folder))
-    except UserWarning as error:
+    except (UserWarning, NoMatchingPeftModuleError) as error:
+        raise _misfit(folder, base, str(error)) from error
+    except RuntimeError as error:
+        mismatches = [line for line in str(error).splitlines() if "size mismatch" in line]
+        if not mismatches:
+            raise
+        raise _misfit(folder, base, mismatches[0].strip()) from error
+    except (ValueError, TypeError, SafetensorError) as error:
         raise ValueError(
-            f"The adapter in {folder} does not fit {base}: {error} Use the base model that it was trained on."
+            f"The adapter in {folder} cannot be loaded: {visible(str(error).rstrip('.'))}. If it is damaged, download it "
+            "again, or have it saved again."
         ) from error
+
+
+def _misfit(folder: Path, base: str, reason: str) -> ValueError:
+    return ValueError(
+        f"The adapter in {folder} does not fit {base}: {visible(reason.rstrip('.'))}. Use the base model that it was "
+        "trained on."
+    )
 
 
 def merge_solver(base: str, adapter: str, output_dir: str, **kwargs) -> None:
@@ -194,10 +268,7 @@ def _role_folder(adapter: str, role: str, **kwargs) -> Path:
         try:
             root = Path(snapshot_download(adapter, allow_patterns=wanted, **kwargs))
         except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-            raise ValueError(
-                f"{adapter} is neither a folder nor a repository on the Hub that can be read. For a private repository, "
-                "pass `token` or log in with `hf auth login`."
-            ) from error
+            raise _unreadable(adapter) from error
     found = (root / place for place in places if (root / place / _ADAPTER_FILES[0]).is_file())
     folder = next(found, root / places[0])
     missing = [name for name in _ADAPTER_FILES if not (folder / name).is_file()]
@@ -208,6 +279,13 @@ def _role_folder(adapter: str, role: str, **kwargs) -> Path:
             "pickle, which can run code when it is loaded, and are never loaded: have them saved as safetensors."
         )
     return folder
+
+
+def _unreadable(trained: str) -> ValueError:
+    return ValueError(
+        f"{trained} is neither a folder nor a repository on the Hub that can be read. For a private repository, pass "
+        "`token` or log in with `hf auth login`."
+    )
 
 
 def _place_name(place: str) -> str:

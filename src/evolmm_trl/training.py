@@ -16,13 +16,14 @@
 
 import argparse
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from .commands import UsageError
@@ -185,7 +186,7 @@ def make_trainer(data_args: TrainArguments, training_args: EvoLMMConfig, model_a
     )
     questions = None
     if data_args.eval_dataset is not None:
-        questions = load_dataset(data_args.eval_dataset, split=data_args.eval_split)
+        questions = _load_questions(data_args.eval_dataset, data_args.eval_split)
 
     return EvoLMMTrainer(
         model=model_args.model_name_or_path,
@@ -195,6 +196,18 @@ def make_trainer(data_args: TrainArguments, training_args: EvoLMMConfig, model_a
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+
+
+def _load_questions(source: str, split: str) -> Dataset:
+    try:
+        return load_dataset(source, split=split)
+    except (FileNotFoundError, ConnectionError) as error:
+        if os.path.exists(source):
+            raise
+        raise type(error)(
+            f"`eval_dataset` is {source!r}: there is no such folder or file here (the working directory is "
+            f"{os.getcwd()!r}), and as a dataset on the Hub it could not be loaded: {error}"
+        ) from error
 
 
 def train(trainer: EvoLMMTrainer) -> None:

@@ -88,7 +88,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     rows, total = _rows(arguments)
     options = {"device_map": "auto"} if torch.accelerator.is_available() else {}
-    prompts = _prompts(arguments)
+    prompts = _given_prompts(arguments.prompts)
     names = ("samples", "temperature", "max_new_tokens", "max_pixels", "batch_size", "seed")
     settings = {name: getattr(arguments, name) for name in names}
 
@@ -99,6 +99,7 @@ def _run(arguments: argparse.Namespace) -> int:
     # The bar is on standard error, and only if that is a terminal
     with file as out, tqdm(total=total, unit="question", disable=None if total > 1 else True) as bar:
         model, processor = load_solver(arguments.model, arguments.adapter, dtype=arguments.dtype, **options)
+        prompts = prompts or _saved_prompts(arguments)
         for batch in _batches(_usable(rows, processor, arguments), arguments.batch_size):
             asked = [entry for entry in batch if not isinstance(entry, str)]
             for reason in (entry for entry in batch if isinstance(entry, str)):
@@ -182,27 +183,33 @@ def _batches(entries: Iterator, size: int) -> Iterator[list]:
         yield batch
 
 
-def _prompts(arguments: argparse.Namespace):
+def _given_prompts(path: str | None):
     import yaml
 
     from ..prompts import RolePrompts
-    from ..solver import load_prompts
 
-    path, trained = arguments.prompts, arguments.adapter or arguments.model
     if path is None:
-        prompts = load_prompts(trained)
-        if prompts is None and arguments.adapter is not None:
-            print(
-                f"{visible(trained)} does not say with which prompts it was trained: it is asked with the default ones. "
-                "--prompts names a file with others.",
-                file=sys.stderr,
-            )
-        return prompts or RolePrompts()
+        return None
     try:
         prompts = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is neither JSON nor YAML: {error}") from error
     return RolePrompts.from_dict(prompts)
+
+
+def _saved_prompts(arguments: argparse.Namespace):
+    from ..prompts import RolePrompts
+    from ..solver import load_prompts
+
+    trained = arguments.adapter or arguments.model
+    prompts = load_prompts(trained)
+    if prompts is None and arguments.adapter is not None:
+        print(
+            f"With which prompts {visible(trained)} was trained is not known: it is asked with the default ones. "
+            "--prompts names a file with others.",
+            file=sys.stderr,
+        )
+    return prompts or RolePrompts()
 
 
 def _record(row, question: str, reply) -> dict:

@@ -15,6 +15,7 @@
 """The evaluation loop of the trainer: the solver on labelled questions."""
 
 import logging
+import math
 from collections.abc import Iterator
 from itertools import islice
 
@@ -68,6 +69,7 @@ class LabelledEvaluation:
         self.model.eval()  # and stays so: GRPOTrainer's log tells the metrics of evaluation from those of training by it
         n = self.num_generations_eval
         scores: list[Scores] = []
+        self.callback_handler.eval_dataloader = dataloader  # the bar's length
         for rows in dataloader:
             questions = [without_marks(str(row["question"]), self._special_tokens) for row in rows]
             prompts = encode_prompts(
@@ -85,6 +87,7 @@ class LabelledEvaluation:
                 greedy, *sampled = self._decode(group)
                 if not row[_FILLER]:
                     scores.append(score_answers(str(row["answer"]), greedy, sampled))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         scores = gather_object(scores)
         if not scores:
             raise ValueError("`eval_dataset` has no rows; leave it out or add labelled questions.")
@@ -112,6 +115,9 @@ class _Share(torch.utils.data.IterableDataset):
         self.rows = rows
         self.rank = rank
         self.world_size = world_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.world_size)
 
     def __iter__(self) -> Iterator[dict]:
         if hasattr(self.rows, "__len__"):
