@@ -140,6 +140,9 @@ def main():
             for role, adapter in trainer.servers.adapters.items()
         }
     torch.save(result, Path(args.folder) / f"result-{accelerator.process_index}.pt")
+    # A process that aborts when it ends would end the other one, too, before it has saved its result
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -89,6 +89,9 @@ def main():
         "weights": watch.weights,
     }
     torch.save(result, Path(args.folder) / f"result-{trainer.accelerator.process_index}.pt")
+    # A process that aborts when it ends would end the other one, too, before it has saved its result
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -330,3 +330,15 @@ def test_the_demo_runs_in_a_clone_and_says_so_elsewhere(tmp_path, monkeypatch, c
     monkeypatch.setattr(demo, "_CLONE", tmp_path)
     assert run("demo") == 2
     assert "in a clone of it" in error_of(capsys)
+
+
+def test_a_command_ends_the_threads_of_its_process_group(capsys):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert cli.main(["train", "--help_all"]) == 0
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -733,6 +733,7 @@ result = {
     "after": snapshot(trainer),
 }
 torch.save(result, f"{folder}/result-{trainer.accelerator.process_index}.pt")
+trainer.accelerator.end_training()  # left alone, gloo's threads now and then abort a process that has ended
 """
 
 

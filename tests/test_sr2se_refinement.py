@@ -618,6 +618,7 @@ build_pairs(policies, sys.argv[1], sys.argv[2], RefinementConfig(batch_size=8))
 from accelerate import PartialState
 state = PartialState()
 Path(f"{sys.argv[2]}.process-{state.process_index}").write_text(str(state.num_processes))
+state.destroy_process_group()  # left alone, gloo's threads now and then abort a process that has ended
 """
 
 

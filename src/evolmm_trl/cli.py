@@ -82,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = parsed.run(parsed) or 0
         sys.stdout.flush()
+        _leave_process_group()
         return status
     except (UsageError, ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # of `evolmm ask ... | head`
@@ -94,6 +95,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("evolmm: interrupted", file=sys.stderr)
         return 130
+
+
+def _leave_process_group() -> None:
+    """Ends the threads that gloo has in one of several processes: left alone, they now and then abort it when all is done."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    if torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
