@@ -20,6 +20,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,7 @@ def job_base(seed: int) -> dict:
     return _depths(base_measured())
 
 
+@cache
 def labelled_pairs(seed: int) -> tuple[Path, Path, dict]:
     """A seed's pairs with labels, the gate's rollouts from the same descriptions, and the report, made once."""
     policies = base_policies()
@@ -207,6 +209,7 @@ def job_pairs(seed: int) -> dict:
     return _pair_result(report, pairs)
 
 
+@cache
 def free_pairs(seed: int) -> tuple[Path, dict]:
     """A seed's pairs from the images alone, and the report, made once."""
     policies = base_policies()

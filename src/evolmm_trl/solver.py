@@ -17,8 +17,6 @@
 import json
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import (
@@ -94,27 +92,19 @@ def load_role(base: str, adapter: str | None, role: str, **kwargs):
             logger.warning("%s was trained on %s and is loaded on %s.", adapter, visible(trained_on), base)
 
     kwargs = {"trust_remote_code": False, **kwargs}  # unset, transformers asks at the terminal
-    with _naming(base):
-        model = AutoModelForImageTextToText.from_pretrained(base, **kwargs)
-    if folder is not None:
-        model = _with_adapter(model, folder, base)
-    with _naming(base):
-        processor = load_processor(base, **{name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
-    return model.eval(), processor
-
-
-@contextmanager
-def _naming(base: str) -> Iterator[None]:
-    """Names the base model in errors of the Hub, which may leave it out."""
     try:
-        yield
+        model = AutoModelForImageTextToText.from_pretrained(base, **kwargs)
+        processor = load_processor(base, **{name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
     except OSError as error:
         if Path(base).is_dir():
             raise
-        raise OSError(
+        raise OSError(  # the Hub's may leave out which model it is about
             f"The model {base!r} is no folder here (the working directory is {str(Path.cwd())!r}), and could not be read "
             f"from the Hub: {error}"
         ) from error
+    if folder is not None:
+        model = _with_adapter(model, folder, base)
+    return model.eval(), processor
 
 
 def load_prompts(trained: str, **kwargs) -> RolePrompts | None:

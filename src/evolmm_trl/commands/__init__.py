@@ -84,6 +84,12 @@ def output_file(path: str, *sources: str | None) -> Iterator[TextIO]:
     os.replace(part, target)
 
 
+def count_rows(file: str) -> int:
+    """The rows of a JSONL file, for the length of a progress bar."""
+    with open(file, "rb") as lines:
+        return sum(bool(line.strip()) for line in lines)
+
+
 def positive(text: str) -> int:
     """A whole number from 1 on, for argparse."""
     if not text.isdecimal() or int(text) < 1:

@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
-from . import UsageError, output_file, positive, visible
+from . import UsageError, count_rows, output_file, positive, visible
 
 
 _DESCRIPTION = """\
@@ -145,8 +145,7 @@ def _rows(arguments: argparse.Namespace) -> tuple[Iterator, int]:
 
     if arguments.input is not None:
         rows = read_rows(arguments.input, ("question",), Path(arguments.input).parent, arguments.image_root)
-        with open(arguments.input, "rb") as file:
-            return rows, sum(bool(line.strip()) for line in file)
+        return rows, count_rows(arguments.input)
     path = Path(arguments.image)
     if path.is_dir():
         images = load_images(path, streaming=False)

@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterable
 from typing import TextIO
 
-from . import UsageError, output_file, positive
+from . import UsageError, count_rows, output_file, positive
 
 
 def add_command(commands) -> None:
@@ -85,7 +85,9 @@ def _answer(arguments: argparse.Namespace) -> int:
         return 0
     rows = read_rows(arguments.input, ("question",), Path(arguments.input).parent, arguments.image_root)
     with output_file(arguments.output, arguments.input) as file:
-        summary = answer_rows(load_run(arguments.folder, arguments.batch_size), rows, file, _lines(arguments.input))
+        summary = answer_rows(
+            load_run(arguments.folder, arguments.batch_size), rows, file, count_rows(arguments.input)
+        )
         if not summary["answered"]:
             raise ValueError(
                 f"Nothing in {arguments.input} could be answered: {summary['skipped']} rows were skipped, for the reasons "
@@ -93,11 +95,6 @@ def _answer(arguments: argparse.Namespace) -> int:
             )
     print(json.dumps(summary, indent=2))
     return 0
-
-
-def _lines(file: str) -> int:
-    with open(file, "rb") as lines:
-        return sum(bool(line.strip()) for line in lines)
 
 
 def answer_rows(reasoner, rows: Iterable, file: TextIO, total: int | None = None) -> dict:
